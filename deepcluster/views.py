@@ -282,7 +282,7 @@ _CROP = replace(_JITTER, area=(0.2, 1), aspect=(3 / 4, 4 / 3), colour=0.8, grey=
 VIEWS: dict[str, View] = {
     "clean": View(),
     "weak": View(area=(0.8, 1), shift=0.05, flip=0.5, vector_noise=0.1),
-    "strong": replace(_JITTER, area=(0.6, 1), rotate=20, zoom=(0.85, 1.15), shift=0.1, grey=0.2),
+    "strong": replace(_JITTER, rotate=20, zoom=(0.85, 1.15), shift=0.125, grey=0.2),
     "crop": _CROP,  # SimCLR (Chen et al., ICML 2020, arXiv:2002.05709), without its blur
     "small": replace(_CROP, area=(0.05, 0.3), size=0.5),  # multi-crop (SwAV, Caron et al., 2020, arXiv:2006.09882)
     **{f"rotate{90 * turns}": View(quarter_turns=turns) for turns in range(4)},  # RotNet (arXiv:1803.07728)

@@ -1,0 +1,175 @@
+"""Parquet files and WebDataset tars: read in place, never whole."""
+# strings and os.stat, not Path objects: twice as quick over a million files
+# ruff: noqa: PTH118, PTH122, PTH123, PTH202
+
+import hashlib
+import json
+import os
+import re
+import tarfile
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from deepcluster.decode import BadImage
+from deepcluster.sources.base import IMAGES, Classes, Item, Skipped, Source, label, line, shown, stamp
+
+BATCH = 256  # rows of Parquet read at a time: row groups may be as long as their file
+
+
+def _shards(location: str, paths: list[str], skipped: Skipped, root: str, kind: str, add: Callable[[str], None]) -> str:
+    """``add`` each shard; damaged ones are listed unless all are. Returns the signature."""
+    digest, good = hashlib.sha1(kind.encode()), 0
+    for path in paths:
+        try:
+            add(path)
+            digest.update(stamp(path, root))
+            good += 1
+        except (OSError, ValueError, tarfile.TarError) as error:  # pyarrow's ArrowInvalid is a ValueError
+            skipped.append((shown(path), f"no readable {kind}: {line(error)}"))
+    if not good:
+        raise ValueError(f"{shown(location)}: {': '.join(skipped[-1])}")
+    return digest.hexdigest()
+
+
+def parquet_source(location: str, paths: list[str], skipped: Skipped, root: str) -> Source:
+    """Rows with an `image` column of bytes, paths or both, and perhaps a `label`."""
+    import pyarrow.parquet as pq
+
+    names: list[str] = []
+    classes: list[str | None] = []
+    groups: list[tuple[str, int, str]] = []  # file, row group, name of the column
+    starts: list[int] = []
+
+    def add(path: str) -> None:
+        with pq.ParquetFile(path) as file:
+            schema, metadata = file.schema_arrow, file.metadata
+            column = next((name for name in ("image", "img") if name in schema.names), "")
+            if not re.match(
+                r"(large_)?(binary|string)|struct<.*(bytes|path): ", str(schema.field(column).type) if column else ""
+            ):
+                raise ValueError(f"no column 'image' of bytes or paths; its columns are {', '.join(schema.names)}")
+            values = file.read(columns=["label"]).column(0).to_pylist() if "label" in schema.names else None
+        try:
+            known = json.loads(schema.metadata[b"huggingface"])["info"]["features"]["label"]["names"]
+        except (TypeError, KeyError, ValueError):
+            known = None
+        if known and values:
+            values = [known[v] if isinstance(v, int) and 0 <= v < len(known) else None for v in values]
+        row = len(names)
+        for group in range(metadata.num_row_groups):
+            groups.append((path, group, column))
+            starts.append(row)
+            row += metadata.row_group(group).num_rows
+        names.extend(f"{shown(path)}#{i}" for i in range(metadata.num_rows))
+        classes.extend([None] * metadata.num_rows if values is None else (label(value) for value in values))
+
+    signature = _shards(location, paths, skipped, root, "parquet", add)
+    if not names:
+        raise ValueError(f"{shown(location)} has no rows")
+    rows = _Rows(groups, starts)
+    return Source(location, names, rows.read, signature, skipped, classes if any(classes) else None)
+
+
+class _Rows:
+    """Rows of many Parquet files, read forwards batch by batch; the last few are kept for the other threads."""
+
+    def __init__(self, groups: list[tuple[str, int, str]], starts: list[int]) -> None:
+        self.groups, self.starts = groups, starts
+        self.lock = threading.Lock()
+        self.kept: OrderedDict[int, Any] = OrderedDict()  # first row -> batch
+        self.batches: Iterator[tuple[int, Any]] = iter(())
+        self.group, self.next = -1, 0
+
+    def read(self, i: int) -> Item:
+        with self.lock:
+            start, batch = next(((s, b) for s, b in self.kept.items() if s <= i < s + len(b)), (0, None))
+            if batch is None:
+                start, batch = self._forward(i)
+        value = batch[i - start].as_py()
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if not value:
+            raise BadImage("no image: empty row")
+        if isinstance(value, bytes):
+            return value
+        here = Path(value).expanduser()
+        beside = Path(self.groups[bisect_right(self.starts, i) - 1][0]).parent / here
+        return here if here.exists() or not beside.exists() else beside
+
+    def _forward(self, i: int) -> tuple[int, Any]:
+        group = bisect_right(self.starts, i) - 1
+        if group != self.group or i < self.next:
+            self.group, self.next = group, self.starts[group]
+            self.batches = self._stream(*self.groups[group])
+        for batch in self.batches:
+            start, self.next = self.next, self.next + len(batch)
+            if i < self.next:
+                self.kept[start] = batch
+                if len(self.kept) > 4:
+                    self.kept.popitem(last=False)
+                return start, batch
+        raise BadImage("truncated")
+
+    @staticmethod
+    def _stream(path: str, group: int, column: str) -> Iterator[Any]:
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(path, buffer_size=1 << 20) as file:  # buffered: a column chunk is never whole in memory
+            for batch in file.iter_batches(BATCH, row_groups=[group], columns=[column], use_threads=False):
+                yield batch.column(0)
+
+
+def tars_source(location: str, paths: list[str], skipped: Skipped, root: str) -> Source:
+    """Members are read where they lie: nothing is extracted."""
+    members: dict[str, tuple[str, int, int]] = {}  # name -> tar, offset, bytes
+    keys: list[tuple[str, str]] = []
+    labels: dict[tuple[str, str], str | None] = {}
+
+    def add(path: str) -> None:
+        count = len(members)
+        end = os.path.getsize(path)
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    tar.members = []  # type: ignore[attr-defined]  # else it keeps a million of them
+                    folder, base = os.path.split(member.name)
+                    key, _, extension = base.partition(".")
+                    name = f"{shown(path)}/{shown(member.name)}"
+                    if not member.isreg() or member.issparse() or base.startswith("."):
+                        continue
+                    if extension == "cls" and member.size < 1024:
+                        with open(path, "rb") as file:
+                            file.seek(member.offset_data)
+                            text = file.read(member.size).decode("utf-8", "replace").strip()
+                        labels[path, os.path.join(folder, key)] = label(text)
+                    elif os.path.splitext(base)[1].lower() in IMAGES:
+                        if name in members or member.offset_data + member.size > end:
+                            skipped.append((name, "listed twice" if name in members else "truncated"))
+                        else:
+                            members[name] = (path, member.offset_data, member.size)
+                            keys.append((path, os.path.join(folder, key)))
+                tar.fileobj.seek(tar.offset)  # tarfile takes a damaged header for the end
+                if any(tar.fileobj.read(512)):
+                    raise tarfile.ReadError("damaged header")
+        except (tarfile.TarError, OSError) as error:
+            if len(members) == count:
+                raise
+            skipped.append((shown(path), f"damaged after {len(members) - count} images: {line(error)}"))
+
+    signature = _shards(location, paths, skipped, root, "tar", add)
+    if not members:
+        raise ValueError(f"{shown(location)}: no images in {len(paths)} tars; looked for {' '.join(IMAGES)}")
+    places = list(members.values())
+
+    def read(i: int) -> bytes:
+        path, offset, size = places[i]
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    classes: Classes = [labels.get(key) for key in keys] if labels else None
+    return Source(location, list(members), read, signature, skipped, classes)

@@ -1,0 +1,207 @@
+"""Decoding a source into the cache: by one process, completely or not at all."""
+
+import contextlib
+import errno
+import hashlib
+import io
+import itertools
+import json
+import mmap
+import os
+import shutil
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepcluster import decode
+from deepcluster.decode import BadImage
+from deepcluster.sources import Source
+
+try:
+    import fcntl
+except ImportError:  # Windows: two builders at once do the work twice
+    fcntl = None  # type: ignore[assignment]
+
+RUN = 16  # images one task decodes; few enough that the tasks under way hold a few hundred
+Progress = Callable[..., Iterable]
+
+
+def none_good(source: Source, bad: list[tuple[int, str]]) -> str:
+    """The error of a source without a single good image."""
+    return f"{source.location}: none of {len(bad)} can be used; for example {source.names[bad[0][0]]}: {bad[0][1]}"
+
+
+def cache_folder() -> Path:
+    """Where decoded images are kept."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("DEEPCLUSTER_CACHE") or Path(home) / "deepcluster").expanduser()
+
+
+def key(source: Source, shape: tuple[int, ...]) -> str:
+    """Name of the store of this content at this shape."""
+    return hashlib.sha1(f"{source.signature} {shape} {decode.VERSION}".encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that decoding a source needs."""
+
+    source: Source
+    shape: tuple[int, int, int, int]  # (M, C, H, W)
+    workers: int
+    progress: Progress
+
+    @property
+    def bytes(self) -> int:
+        return int(np.prod(self.shape))
+
+    def run(self, write: Callable[[int, np.ndarray], Any], digests: np.ndarray) -> list[tuple[int, str]]:
+        """Call ``write(row, block)`` with all images in order, fill ``digests``; returns (row, reason) of bad ones."""
+        bad: list[tuple[int, str]] = []
+        with ThreadPoolExecutor(self.workers) as pool:
+            try:
+                for _ in self.progress(self._steps(pool, write, digests, bad), total=self.shape[0], desc="decoding"):
+                    pass
+            finally:
+                pool.shutdown(cancel_futures=True)
+        if len(bad) == self.shape[0]:
+            raise ValueError(none_good(self.source, bad))
+        return bad
+
+    def _steps(
+        self,
+        pool: ThreadPoolExecutor,
+        write: Callable[[int, np.ndarray], Any],
+        digests: np.ndarray,
+        bad: list[tuple[int, str]],
+    ) -> Iterator[int]:
+        starts = iter(range(0, self.shape[0], RUN))
+        ahead = deque(pool.submit(self._block, start) for start in itertools.islice(starts, self.workers + 2))
+        row = 0
+        while ahead:  # a bounded queue: no more is decoded than is about to be written
+            block, sums, reasons = ahead.popleft().result()
+            ahead.extend(pool.submit(self._block, start) for start in itertools.islice(starts, 1))
+            write(row, block)
+            digests[row : row + len(block)] = sums
+            bad += reasons
+            yield from range(row, row + len(block))
+            row += len(block)
+
+    def _block(self, start: int) -> tuple[np.ndarray, np.ndarray, list[tuple[int, str]]]:
+        n, channels, size, _ = self.shape
+        stop = min(start + RUN, n)
+        block = np.zeros((stop - start, channels, size, size), np.uint8)
+        sums = np.zeros((stop - start, 20), np.uint8)
+        bad: list[tuple[int, str]] = []
+        for i in range(start, stop):
+            try:
+                item = self.source.read(i)
+                raw = decode.read_bytes(item) if isinstance(item, os.PathLike) else item
+                content = np.ascontiguousarray(raw).data if isinstance(raw, np.ndarray) else raw
+                sums[i - start] = np.frombuffer(hashlib.sha1(content).digest(), np.uint8)
+                block[i - start] = decode.decode(raw, size, channels)
+            except BadImage as error:
+                bad.append((i, str(error)))
+            except Exception as error:  # a reader of damaged shards raises as freely as a decoder
+                bad.append((i, f"cannot read: {' '.join(str(error).split())[:80] or type(error).__name__}"))
+        return block, sums, bad
+
+
+class NoCacheError(Exception):
+    """The cache cannot be written."""
+
+
+def build(folder: Path, work: Work) -> None:
+    """Decode into ``folder`` unless that has been done; one process at a time, the others wait and find it done."""
+    if whole(folder, work.shape):
+        return
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = folder.with_suffix(".lock").open("a")
+    except OSError as error:
+        raise NoCacheError(f"cannot write the cache {folder.parent}: {str(error.strerror).lower()}") from None
+    with lock:
+        if fcntl:
+            with contextlib.suppress(OSError):  # some network disks have no locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        if whole(folder, work.shape):
+            return
+        for left in folder.parent.glob(f"{folder.name}.tmp*"):  # by a builder that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        temporary = folder.with_suffix(f".tmp{os.getpid()}")
+        try:
+            temporary.mkdir()
+            _write(temporary, work)
+            shutil.rmtree(folder, ignore_errors=True)  # damaged, or it would have been whole
+            temporary.rename(folder)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise _full(folder.parent, work.bytes) from None
+            raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _full(cache: Path, need: int) -> OSError:
+    free = shutil.disk_usage(cache).free
+    text = f"{need / 1e6:.0f} MB are needed for decoded images in {cache}, {free / 1e6:.0f} MB are free"
+    return OSError(errno.ENOSPC, f"{text}; make room or set DEEPCLUSTER_CACHE to a folder on another disk")
+
+
+def _write(folder: Path, work: Work) -> None:
+    head = header(work.shape)
+    if shutil.disk_usage(folder).free < work.bytes + (1 << 20):
+        raise _full(folder.parent, work.bytes)
+    digests = np.zeros((work.shape[0], 20), np.uint8)
+    with (folder / "images.npy").open("wb") as file:  # written, not mapped: a full disk then raises and does not kill
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(file.fileno(), 0, len(head) + work.bytes)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    raise
+        file.write(head)
+        bad = work.run(lambda _, block: file.write(block.data), digests)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut may leave black images of the right size
+    np.save(folder / "sha1.npy", digests)
+    (folder / "index.json").write_text(json.dumps({"source": work.source.location, "shape": work.shape, "bad": bad}))
+
+
+def whole(folder: Path, shape: tuple[int, ...]) -> bool:
+    """Whether a finished store lies there, of the right length."""
+    try:
+        index = json.loads((folder / "index.json").read_text())
+        head = header(shape)
+        with (folder / "images.npy").open("rb") as file:
+            same = file.read(len(head)) == head and os.fstat(file.fileno()).st_size == len(head) + int(np.prod(shape))
+        return same and index["shape"] == list(shape) and np.load(folder / "sha1.npy").shape == (shape[0], 20)
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
+        return False
+
+
+def header(shape: tuple[int, ...]) -> bytes:
+    """What stands in front of the pixels in images.npy."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+def mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """The file as a private, writable map: torch warns of arrays that are not, and writing would not reach the file.
+
+    Without MAP_NORESERVE Linux refuses such a map of more than the machine's memory, which is just when it is wanted.
+    """
+    with path.open("rb") as file:
+        if hasattr(mmap, "MAP_PRIVATE"):
+            flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+            data = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        else:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    return np.frombuffer(data, np.uint8, offset=len(header(shape))).reshape(shape)
