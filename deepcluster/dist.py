@@ -11,18 +11,19 @@ def setup(device: str = "auto") -> torch.device:
     """Join the torchrun group if there is one and return this rank's device.
 
     Args:
-        device: "auto" (CUDA, then Apple's MPS, then CPU), or any torch device string.
+        device: "auto" (CUDA if there is one, else the CPU), or a torch device string; "mps" is accepted, untested.
 
     Raises:
         ValueError: the device named is not there.
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if device == "auto":
-        device = "cuda" if cuda else "mps" if mps else "cpu"
+        device = "cuda" if cuda else "cpu"
     kind = device.split(":")[0]
     present = {"cpu": True, "cuda": cuda, "mps": mps}
     if not present.get(kind):
-        raise ValueError(f"device {device!r} is not available; choose from {[k for k, v in present.items() if v]} or auto")
+        there = ", ".join(kind for kind, here in present.items() if here)
+        raise ValueError(f"device {device!r} is not available; choose from {there} or auto")
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     if device == "cuda":

@@ -3,6 +3,8 @@
 Shapes: n rows of this rank, N rows in all, d dimensions, K clusters.
 """
 
+import math
+
 import faiss
 import torch
 from torch import Tensor
@@ -16,8 +18,8 @@ PLUS_PLUS = 256  # k-means++ passes over the sample once a cluster; above this m
 def nearest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Index (n,) int64 of, and squared distance (n,) to, the nearest of K centroids; never an (n, K) array."""
     if x.device.type == "cpu":
-        distance, index = faiss.knn(x.numpy(), centroids.numpy(), 1)
-        return torch.from_numpy(index[:, 0]), torch.from_numpy(distance[:, 0])
+        d2, ids = faiss.knn(x.numpy(), centroids.numpy(), 1)
+        return torch.from_numpy(ids[:, 0]), torch.from_numpy(d2[:, 0])
     parts = []
     norms = centroids.square().sum(1)
     for chunk in x.split(max(1, 2**26 // len(centroids))):
@@ -72,10 +74,15 @@ def kmeans(
     sample = rows(order[: k * POINTS_PER_CENTROID].sort().values)
     candidates = order[: 20 * k if k <= PLUS_PLUS else k].sort().values  # sorted: alike however the rows are sharded
     first = dist.all_cat(rows(candidates))  # small: 20 rows a cluster at most, on every rank
-    centroids = plus_plus(first, k, rng) if k <= PLUS_PLUS else first[torch.arange(k) % len(first)].clone()
-    if start is not None:
-        usable = start.isfinite().all(1)
-        centroids[usable] = start[usable].to(centroids)
+    start = torch.full((k, x.shape[1]), math.nan) if start is None else start
+    usable = start.isfinite().all(1).to(x.device)
+    kept = start.to(first)[usable]
+    if k <= PLUS_PLUS:
+        drawn = plus_plus(first, k - len(kept), rng, kept)
+    else:
+        drawn = first[torch.arange(k - len(kept)) % len(first)]
+    centroids = torch.empty(k, x.shape[1], device=x.device)
+    centroids[usable], centroids[~usable] = kept, drawn
     previous = None
     for _ in range(iterations):
         labels, _ = nearest(sample, centroids)
@@ -91,15 +98,15 @@ def kmeans(
     return nearest(x, centroids)[0], centroids
 
 
-def plus_plus(x: Tensor, k: int, rng: torch.Generator) -> Tensor:
-    """k-means++ seeding (Arthur & Vassilvitskii 2007): (K, d) rows of x, far from each other."""
+def plus_plus(x: Tensor, k: int, rng: torch.Generator, kept: Tensor) -> Tensor:
+    """k-means++ seeding (Arthur & Vassilvitskii 2007): (K, d) rows of x, far from each other and from those kept."""
     chosen = torch.empty(k, x.shape[1], dtype=x.dtype, device=x.device)
-    closest = torch.ones(len(x), device=x.device)
+    closest = nearest(x, kept)[1].clamp_min(0) if len(kept) else torch.ones(len(x), device=x.device)
     for i, u in enumerate(torch.rand(k, generator=rng, dtype=torch.float64)):
         cumulative = closest.double().cumsum(0)  # all zero when fewer than K rows are distinct: row 0 again
         chosen[i] = x[torch.searchsorted(cumulative, u.to(x.device) * cumulative[-1]).clamp_max(len(x) - 1)]
         distance = (x - chosen[i]).square().sum(1)
-        closest = distance if i == 0 else torch.minimum(closest, distance)
+        closest = torch.minimum(closest, distance) if i or len(kept) else distance
     return chosen
 
 

@@ -70,7 +70,7 @@ def test_first_centroids_are_drawn_from_everywhere_and_not_from_the_first_rows(m
 def test_plus_plus_takes_one_row_of_each_far_blob():
     x = torch.eye(6).repeat(20, 1) * 100 + normal(120, 6) * 0.01
     for seed in range(10):  # random rows would miss a blob 98 times in 100
-        chosen = plus_plus(x, 6, torch.Generator().manual_seed(seed))
+        chosen = plus_plus(x, 6, torch.Generator().manual_seed(seed), x[:0])
         assert sorted(chosen.argmax(1).tolist()) == list(range(6))
 
 
@@ -220,3 +220,14 @@ def test_sums_leave_out_the_unlabelled_and_do_not_lose_digits():
     total, counts = sums(x, labels, 2)
     assert counts.tolist() == [1_000_000, 0]
     assert total[0].item() == pytest.approx(1_000_000 * x[0].item(), rel=1e-3)  # one float32 sum is off by 1 %
+
+
+def test_a_cluster_drawn_anew_avoids_those_that_were_kept():
+    """Two blobs, one centroid kept on the first: the other is nearly always drawn from the second."""
+    x = torch.cat([torch.zeros(50, 2), torch.full((50, 2), 9.0)]) + torch.rand(
+        100, 2, generator=torch.Generator().manual_seed(0)
+    )
+    start = torch.tensor([[0.5, 0.5], [float("nan"), float("nan")]])
+    for seed in range(20):
+        labels, _ = kmeans(x, 2, seed=seed, start=start)
+        assert labels.tolist() == [0] * 50 + [1] * 50

@@ -1,0 +1,219 @@
+"""Networks that turn images into features: our small convnet, the papers' networks, torchvision's and timm's.
+
+Every one takes (B, C, H, W) images in [0, 1] and gives (B, D) features.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepcluster.recipe import hint
+
+SMALL = 64  # below this many pixels a side, networks made for photographs get a stem without stride
+
+
+def convnet(channels: int, size: int) -> tuple[nn.Module, int]:
+    """Three 3x3 convolutions with BN, 32, 64 and 128 channels, for small images on CPUs; D = 512.
+
+    The last map is pooled to 2 x 2, not to 1: where things are tells characters apart.
+    """
+    widths = (32, 64, 128)
+    pools = max(0, min(2, size.bit_length() - 2))
+    layers: list[nn.Module] = []
+    for i, width in enumerate(widths):
+        inputs = channels if i == 0 else widths[i - 1]
+        layers += [nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        if i < pools:
+            layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten()), 4 * widths[-1]
+
+
+class Sobel(nn.Module):
+    """Grey, then its horizontal and vertical gradient: (B, C, H, W) -> (B, 2, H, W), no parameters.
+
+    As in DeepCluster: the network cannot cluster by colour.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        dx = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]])
+        self.register_buffer("filters", torch.stack([dx, dx.T])[:, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.conv2d(images.mean(1, keepdim=True), self.get_buffer("filters"), padding=1)
+
+
+def alexnet(channels: int, size: int) -> tuple[nn.Module, int]:
+    """DeepCluster's AlexNet: Sobel, five ungrouped convolutions with BN, two dense layers; D = 4096."""
+    _at_least(64, size, "alexnet")
+    layers: list[nn.Module] = [Sobel()]
+    spec = ((2, 96, 11, 4, 2, 1), (96, 256, 5, 1, 2, 1), (256, 384, 3, 1, 1, 0), (384, 384, 3, 1, 1, 0))
+    for inputs, width, kernel, stride, padding, pool in (*spec, (384, 256, 3, 1, 1, 1)):
+        layers += [nn.Conv2d(inputs, width, kernel, stride, padding), nn.BatchNorm2d(width), nn.ReLU()]
+        layers += [nn.MaxPool2d(3, 2, ceil_mode=True)] * pool
+    return nn.Sequential(*layers, *_dense(256, 6)), 4096
+
+
+def vgg16(channels: int, size: int) -> tuple[nn.Module, int]:
+    """DeepCluster's VGG-16 with BN behind Sobel; D = 4096."""
+    from torchvision.models import vgg16_bn
+
+    _at_least(32, size, "vgg16")
+    features = vgg16_bn(weights=None).features
+    features[0] = nn.Conv2d(2, 64, 3, padding=1)
+    return nn.Sequential(Sobel(), features, *_dense(512, 7)), 4096
+
+
+def _dense(inputs: int, side: int) -> list[nn.Module]:
+    """The papers' two dense layers; features are taken before the last ReLU."""
+    first, second = nn.Linear(inputs * side * side, 4096), nn.Linear(4096, 4096)
+    return [nn.AdaptiveAvgPool2d(side), nn.Flatten(), nn.Dropout(0.5), first, nn.ReLU(), nn.Dropout(0.5), second]
+
+
+def _at_least(smallest: int, size: int, name: str) -> None:
+    if size < smallest:
+        raise ValueError(f"{name} needs images of at least {smallest} px, got {size}; use --image-size or convnet")
+
+
+def _resnet(name: str) -> Callable[[int, int], tuple[nn.Module, int]]:
+    def build(channels: int, size: int) -> tuple[nn.Module, int]:
+        return torchvision_backbone(name, channels, size)
+
+    build.__doc__ = f"torchvision's {name}; below 64 px a 3x3 stem without stride and pooling."
+    return build
+
+
+def torchvision_backbone(name: str, channels: int, size: int) -> tuple[nn.Module, int]:
+    """A torchvision classification network without its last layer, its first one fitted to ``channels``."""
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        raise ValueError(f"torchvision has no model {name!r}; {hint(name, models.list_models(module=models))}")
+    net = models.get_model(name, weights=None)
+    linear = [(n, m) for n, m in net.named_modules() if isinstance(m, nn.Linear)]
+    if not linear:
+        raise ValueError(f"torchvision's {name} does not end in a linear layer; choose another, such as resnet18")
+    last, layer = linear[-1]
+    _replace(net, last, nn.Identity())
+    if channels != 3:
+        first, conv = next((n, m) for n, m in net.named_modules() if isinstance(m, nn.Conv2d))
+        _replace(net, first, _conv_like(conv, channels))
+    if name.startswith("resnet") and size < SMALL:
+        net.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+        net.maxpool = nn.Identity()
+    return net, layer.in_features
+
+
+def _conv_like(conv: nn.Conv2d, channels: int) -> nn.Conv2d:
+    shape = (conv.kernel_size, conv.stride, conv.padding)
+    return nn.Conv2d(channels, conv.out_channels, *shape, bias=conv.bias is not None)  # type: ignore[arg-type]
+
+
+def _replace(net: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(net.get_submodule(parent), child, module)
+
+
+def timm_backbone(name: str, channels: int, size: int) -> tuple[nn.Module, int]:
+    """A timm network without its classifier (extra ``timm``)."""
+    try:
+        import timm
+    except ImportError:
+        raise ValueError("timm is not installed; pip install 'deepcluster[timm]'") from None
+    if name not in timm.list_models():
+        raise ValueError(f"timm has no model {name!r}; {hint(name, timm.list_models())}")
+    net = timm.create_model(name, pretrained=False, num_classes=0, in_chans=channels)
+    return net, net.num_features
+
+
+def mlp(channels: int, size: int) -> tuple[nn.Module, int]:
+    """For feature vectors of ``channels`` numbers: two dense layers, D = 256."""
+    layers = [nn.Linear(channels, 256, bias=False), nn.BatchNorm1d(256), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(256, 256, bias=False), nn.BatchNorm1d(256), nn.ReLU()), 256
+
+
+BACKBONES: dict[str, Callable[[int, int], tuple[nn.Module, int]]] = {
+    "convnet": convnet,
+    "resnet18": _resnet("resnet18"),
+    "resnet34": _resnet("resnet34"),
+    "resnet50": _resnet("resnet50"),
+    "vgg16": vgg16,
+    "alexnet": alexnet,
+    "mlp": mlp,
+}
+_SPACES = {"torchvision": torchvision_backbone, "timm": timm_backbone}
+
+
+class Normalise(nn.Module):
+    """Subtract a mean and divide by a deviation per channel; both travel with the model."""
+
+    def __init__(self, mean: Tensor, std: Tensor):
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        shape = (-1, *[1] * (images.ndim - 2))
+        return (images - self.get_buffer("mean").view(shape)) / self.get_buffer("std").view(shape)
+
+
+def make_backbone(
+    name: str, shape: tuple[int, ...], mean: Tensor | None = None, std: Tensor | None = None
+) -> tuple[nn.Module, int]:
+    """Build a backbone for images of ``shape`` (C, H, W) or vectors (D,); returns it with its feature dimension.
+
+    Args:
+        name: a key of BACKBONES, ``torchvision:NAME`` or ``timm:NAME``.
+        mean, std: (C,) of the images in [0, 1]; default 0.5 and 0.25.
+
+    Raises:
+        ValueError: unknown name, or images too small for it.
+    """
+    space, _, rest = name.partition(":")
+    named = bool(rest) and space in _SPACES
+    if (named or name in BACKBONES) and (len(shape) == 1) != (name == "mlp"):
+        raise ValueError(f"{name} takes {'vectors' if name == 'mlp' else 'images'}; the data has shape {shape}")
+    if named:
+        net, dim = _SPACES[space](rest, shape[0], shape[-1])
+    elif name in BACKBONES:
+        net, dim = BACKBONES[name](shape[0], shape[-1])
+    else:
+        raise ValueError(f"unknown backbone {name!r}; {hint(name, [*BACKBONES, 'torchvision:NAME', 'timm:NAME'])}")
+    mean = torch.full((shape[0],), 0.5) if mean is None else mean
+    std = torch.full((shape[0],), 0.25) if std is None else std
+    return nn.Sequential(Normalise(mean, std), net), dim
+
+
+def load_weights(backbone: nn.Module, file: str | Path) -> None:
+    """Fill a backbone made by ``make_backbone`` from a local .safetensors, .pt or .pth file; executes nothing.
+
+    Tensors of another shape (another number of channels, a classifier) are refused by name unless absent from it.
+
+    Raises:
+        ValueError: no such file, not a weight file, or it does not fit.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"no weight file {path}; give a .safetensors or .pth file that is on this machine")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            saved = load_file(path)
+        else:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            saved = saved.get("state_dict", saved)
+    except Exception as error:  # both formats raise many kinds on damaged bytes
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot read weights from {path}: {reason}") from error
+    net = backbone[-1] if isinstance(backbone, nn.Sequential) else backbone
+    own = net.state_dict()
+    fitting = {k: v for k, v in saved.items() if k in own and v.shape == own[k].shape}
+    # torchvision's older files do not count batches; BatchNorm then keeps its own count
+    missing = [k for k in own if k not in fitting and not k.endswith("num_batches_tracked")]
+    if missing:
+        raise ValueError(f"{path} does not fit this backbone: {len(missing)} of {len(own)} tensors, e.g. {missing[0]}")
+    net.load_state_dict(fitting)
