@@ -1,6 +1,7 @@
 """Optimal transport against the dense textbook algorithms in float64, and where those break."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -212,17 +213,23 @@ def flat_head(k, scale, seed=0):
     return head
 
 
-def sizes(assigner, head, n):
-    targets = assigner(normal(n, 16, seed=5), [head], Targets.unlabelled(1, n), seed=0)
+def previous(n, labelled, heads=1):
+    """Heads that have had labels are asked; those that have not start from k-means."""
+    return replace(Targets.unlabelled(heads, n), labels=torch.full((heads, n), 0 if labelled else -1).int())
+
+
+def sizes(assigner, head, n, labelled=True):
+    targets = assigner(normal(n, 16, seed=5), [head], previous(n, labelled), seed=0)
     assert targets.labels.shape == (1, n)
     assert targets.labels.dtype == torch.int32
     return torch.bincount(targets.labels[0], minlength=head.out_features)
 
 
+@pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("scale", [0.001, 0.1, 3.0])
-@pytest.mark.parametrize("k", [4, 20])
-def test_sizes_of_balanced_labels_are_within_a_factor_of_two(scale, k):
-    counts = sizes(Balanced(), flat_head(k, scale), 1000)
+@pytest.mark.parametrize("k", [4, 50])
+def test_sizes_of_balanced_labels_are_within_a_factor_of_two(scale, k, labelled):
+    counts = sizes(Balanced(), flat_head(k, scale), 1000, labelled)
     assert counts.max() <= 2 * 1000 / k
     assert counts.min() >= 1000 / k / 2
 
@@ -232,9 +239,24 @@ def test_the_strength_of_the_paper_does_not_balance_the_labels_of_a_flat_head():
     assert counts.min() < 25 or counts.max() > 100  # why Balanced looks for a strength
 
 
-def test_logits_computed_in_chunks_give_the_same_labels(monkeypatch):
+def test_a_head_that_has_had_labels_keeps_to_its_own_predictions():
+    head, x = flat_head(4, 3.0), normal(400, 16, seed=5)
+    labels = Balanced()(x, [head], previous(400, labelled=True), seed=0).labels[0]
+    assert (labels == head(x).argmax(1)).float().mean() > 0.7  # the rest is moved for balance
+    anew = Balanced()(x, [head], previous(400, labelled=False), seed=0).labels[0]
+    assert (anew == head(x).argmax(1)).float().mean() < 0.5
+
+
+def test_heads_without_labels_start_from_different_clusterings():
+    heads, x = [flat_head(4, 0.1), flat_head(4, 0.1)], normal(400, 16, seed=5)
+    first, second = Balanced()(x, heads, previous(400, labelled=False, heads=2), seed=0).labels
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_logits_computed_in_chunks_give_the_same_labels(monkeypatch, labelled):
     head, x = flat_head(4, 0.1), normal(300, 16)
-    whole = Balanced()(x, [head], Targets.unlabelled(1, 300), seed=0)
+    whole = Balanced()(x, [head], previous(300, labelled), seed=0)
     monkeypatch.setattr("deepcluster.assign.CHUNK", 4 * 17)
-    parts = Balanced()(x, [head], Targets.unlabelled(1, 300), seed=0)
+    parts = Balanced()(x, [head], previous(300, labelled), seed=0)
     assert (whole.labels == parts.labels).float().mean() > 0.99

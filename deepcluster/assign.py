@@ -1,0 +1,200 @@
+"""Assigners: features of the whole training set in, targets out.
+
+Each sees this rank's contiguous shard (n, D) of the features and returns targets of all N images, alike on
+every rank: only sums cross ranks while deciding, and N labels at the end.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from deepcluster import dist
+from deepcluster.kmeans import kmeans, nearest, sums
+from deepcluster.model import Head
+from deepcluster.recipe import Assigner, Targets
+from deepcluster.transport import log_scales
+
+CHUNK = 2**26  # logits of at most so many numbers exist at a time
+
+
+def whiten(x: Tensor, dim: int, *, floor: float = 1e-5) -> Tensor:
+    """PCA-whiten features over all ranks and scale rows to unit length (DeepCluster).
+
+    Args:
+        x: (n, D) float32, this rank's rows.
+        dim: directions kept at most. Directions below ``floor`` of the largest variance are dropped:
+            dead features and small N have no such direction, and dividing by its zero variance would make NaN.
+
+    Returns:
+        (n, min(dim, rank)) float32, rows of unit length (zero rows stay zero).
+
+    Raises:
+        FloatingPointError: the features are not finite.
+    """
+    count = dist.all_sum(torch.tensor(float(len(x)), dtype=torch.float64, device=x.device))
+    mean = dist.all_sum(x.sum(0, dtype=torch.float64)) / count
+    second = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+    for part in x.split(2**16):
+        second += (part - mean.float()).T @ (part - mean.float())
+    covariance = dist.all_sum(second).cpu() / count.cpu()
+    if not covariance.isfinite().all():
+        raise FloatingPointError("features are not finite; lower lr, or use precision fp32")
+    variance, basis = torch.linalg.eigh(covariance)
+    kept = (variance > floor * variance[-1].clamp_min(1e-12)).nonzero().flatten()[-dim:]
+    if len(kept) == 0:  # all rows equal: nothing to tell apart
+        return torch.zeros(len(x), 1, device=x.device)
+    scale = (basis[:, kept] * variance[kept].rsqrt()).float().to(x.device)
+    return F.normalize((x - mean.float()) @ scale, dim=1)
+
+
+@dataclass(frozen=True)
+class KMeans:
+    """One k-means per head on whitened features (DeepCluster, arXiv:1807.05520).
+
+    Deviations: with ``warm`` the first centroids are the means of the last labels, so that clusters keep their
+    ids and few iterations are needed; otherwise k-means++ instead of random rows while K is small.
+    """
+
+    pca_dim: int = 256
+    iterations: int = 20
+    warm: bool = True
+
+    def __call__(self, features: Tensor, heads: Sequence[Head], previous: Targets, seed: int) -> Targets:
+        x = whiten(features, self.pca_dim)
+        labels = []
+        for h, head in enumerate(heads):
+            start = self._last_means(x, previous.labels[h], head.out_features) if self.warm else None
+            found, _ = kmeans(x, head.out_features, seed=(seed + h) % 2**31, iterations=self.iterations, start=start)
+            labels.append(dist.all_cat(found.to(torch.int32)))
+        return replace(previous, labels=torch.stack(labels).cpu())
+
+    @staticmethod
+    def _last_means(x: Tensor, labels: Tensor, k: int) -> Tensor | None:
+        if not bool((labels >= 0).any()):
+            return None
+        lo, hi = dist.shard(labels.shape[0])
+        total, counts = sums(x, labels[lo:hi].long().to(x.device), k)
+        return (total / counts[:, None]).float()  # NaN where empty: drawn anew
+
+
+@dataclass(frozen=True)
+class Balanced:
+    """Sinkhorn on each head's own predictions: equal-sized clusters (SeLa, arXiv:1911.05371).
+
+    ``strength`` is the paper's lambda (25 for ImageNet, 10 for CIFAR). Deviation: 0 finds it, doubling from
+    1 / the spread of the logits until the plan is decided (mean row entropy < 10 % of ln K), because on the flat
+    logits of a young network the paper's value balances the plan but not the labels. Heads without labels start from
+    k-means on the features, each with its own seed, instead of a random permutation.
+    """
+
+    strength: float = 0.0
+    iterations: int = 100
+    doublings: int = 10
+
+    @torch.no_grad()
+    def __call__(self, features: Tensor, heads: Sequence[Head], previous: Targets, seed: int) -> Targets:
+        labels = []
+        unit = F.normalize(features, dim=1)
+        for h, head in enumerate(heads):
+            if bool((previous.labels[h] >= 0).any()):
+                chunks = _logits(features, head)
+            else:
+                _, centroids = kmeans(unit, head.out_features, seed=(seed + h) % 2**31, spherical=True)
+                chunks = _logits(unit, _Cosines(centroids))
+            strength, scale = self.strength, torch.zeros(head.out_features, device=features.device)
+            if strength:
+                scale, _ = log_scales(chunks, strength, scale, iterations=self.iterations)
+            else:
+                strength = 1 / max(_spread(chunks), 1e-6)
+                for _ in range(self.doublings):
+                    scale, entropy = log_scales(chunks, strength, scale, iterations=self.iterations)
+                    if entropy < 0.1 * math.log(head.out_features):
+                        break
+                    strength, scale = 2 * strength, 2 * scale  # the same shift of the logits: a warm start
+            found = torch.cat([(strength * z.float() + scale.float()).argmax(1) for z in chunks()])
+            labels.append(dist.all_cat(found.to(torch.int32)))
+        return replace(previous, labels=torch.stack(labels).cpu())
+
+
+@dataclass(frozen=True)
+class _Cosines:
+    """What stands in for a head that has learnt nothing yet: cosines to the centroids (K, D) of k-means."""
+
+    centroids: Tensor
+
+    @property
+    def out_features(self) -> int:
+        return len(self.centroids)
+
+    def __call__(self, unit: Tensor) -> Tensor:
+        return unit @ self.centroids.T
+
+
+def _logits(features: Tensor, head: Head | _Cosines) -> Callable[[], Iterator[Tensor]]:
+    """This rank's logits in chunks: computed once where they fit, else again on every pass."""
+    parts = features.split(max(1, CHUNK // head.out_features))
+    cached = [head(parts[0])] if len(parts) == 1 else None
+    return lambda: iter(cached) if cached else (head(part) for part in parts)
+
+
+def _spread(chunks: Callable[[], Iterator[Tensor]]) -> float:
+    """Standard deviation over rows of a typical cluster's logit, relative to its row's mean."""
+    total = torch.zeros(3, dtype=torch.float64)
+    for z in chunks():
+        z = (z - z.mean(1, keepdim=True)).double()
+        total += torch.stack([torch.tensor(float(z.numel())), z.sum().cpu(), z.square().sum().cpu()])
+    n, first, second = dist.all_sum(total.to(z.device)).tolist()
+    return math.sqrt(max(second / n - (first / n) ** 2, 0.0))
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """Rename another assigner's clusters so that they overlap the previous ones most; the heads can then be kept."""
+
+    inner: Assigner
+
+    def __call__(self, features: Tensor, heads: Sequence[Head], previous: Targets, seed: int) -> Targets:
+        new = self.inner(features, heads, previous, seed)
+        labels = new.labels.clone()
+        for h, head in enumerate(heads):
+            if bool((previous.labels[h] >= 0).any()):
+                labels[h] = _rename(new.labels[h].long(), previous.labels[h].long(), head.out_features)
+        return replace(new, labels=labels)
+
+
+def _rename(new: Tensor, old: Tensor, k: int) -> Tensor:
+    seen = (old >= 0) & (new >= 0)
+    overlap = torch.bincount(new[seen] * k + old[seen], minlength=k * k).view(k, k)
+    _, names = linear_sum_assignment(-overlap.numpy())
+    return torch.where(new >= 0, torch.from_numpy(names)[new.clamp_min(0)], new).to(torch.int32)
+
+
+def centroid_heads(heads: Sequence[Head], optimizer: torch.optim.Optimizer, features: Tensor, targets: Targets) -> None:
+    """Head policy: each head becomes the nearest-centroid classifier of its new labels; empty clusters keep theirs.
+
+    Prototypes compare directions, so they get the mean of the normalised features; a linear head gets the
+    centroid c as weight and -|c|^2 / 2 as bias, which orders clusters by distance.
+    """
+    lo, hi = dist.shard(targets.labels.shape[1])
+    for head, labels in zip(heads, targets.labels, strict=True):
+        weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
+        if not isinstance(weight, Tensor):
+            raise ValueError(f"heads can only be set to centroids if they are linear; got {type(head).__name__}")
+        x = features if bias is not None else F.normalize(features, dim=1)
+        total, counts = sums(x.to(weight.device), labels[lo:hi].long().to(weight.device), head.out_features)
+        mean = (total / counts.clamp_min(1)[:, None]).float()
+        used = counts > 0
+        with torch.no_grad():
+            weight[used] = mean[used]
+            if bias is not None:
+                bias[used] = -mean[used].square().sum(1) / 2
+        for p in head.parameters():
+            optimizer.state.pop(p, None)
+
+
+__all__ = ["Aligned", "Balanced", "KMeans", "centroid_heads", "kmeans", "nearest", "whiten"]
