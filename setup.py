@@ -26,6 +26,7 @@ setup(
     license_expression="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["deepcluster", "deepcluster.*"]),
+    package_data={"deepcluster": ["report.html.in"]},
     install_requires=(HERE / "requirements.txt").read_text(encoding="utf-8").split(),
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["deepcluster = deepcluster.__main__:main"]},

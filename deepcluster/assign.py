@@ -27,8 +27,9 @@ def whiten(x: Tensor, dim: int, *, floor: float = 1e-5) -> Tensor:
 
     Args:
         x: (n, D) float32, this rank's rows.
-        dim: directions kept at most. Directions below ``floor`` of the largest variance are dropped:
-            dead features and small N have no such direction, and dividing by its zero variance would make NaN.
+        dim: directions kept at most.
+        floor: directions with less than this part of the largest variance are dropped; dead features and small N
+            have such ones, and dividing by their zero variance would make NaN.
 
     Returns:
         (n, min(dim, rank)) float32, rows of unit length (zero rows stay zero).
@@ -95,6 +96,7 @@ class Balanced:
     strength: float = 0.0
     iterations: int = 100
     doublings: int = 10
+    restarts: int = 5
 
     @torch.no_grad()
     def __call__(self, features: Tensor, heads: Sequence[Head], previous: Targets, seed: int) -> Targets:
@@ -104,8 +106,7 @@ class Balanced:
             if bool((previous.labels[h] >= 0).any()):
                 chunks = _logits(features, head)
             else:
-                _, centroids = kmeans(unit, head.out_features, seed=(seed + h) % 2**31, spherical=True)
-                chunks = _logits(unit, _Cosines(centroids))
+                chunks = _logits(unit, _Cosines(self._tightest(unit, head.out_features, seed + h * self.restarts)))
             strength, scale = self.strength, torch.zeros(head.out_features, device=features.device)
             if strength:
                 scale, _ = log_scales(chunks, strength, scale, iterations=self.iterations)
@@ -119,6 +120,13 @@ class Balanced:
             found = torch.cat([(strength * z.float() + scale.float()).argmax(1) for z in chunks()])
             labels.append(dist.all_cat(found.to(torch.int32)))
         return replace(previous, labels=torch.stack(labels).cpu())
+
+    def _tightest(self, unit: Tensor, k: int, seed: int) -> Tensor:
+        """Centroids (K, D) of the best of a few spherical k-means of rows (n, D): the one with the least inertia."""
+        runs = [kmeans(unit, k, seed=(seed + i) % 2**31, spherical=True)[1] for i in range(self.restarts)]
+        return min(
+            runs, key=lambda centroids: float(dist.all_sum(nearest(unit, centroids)[1].sum(dtype=torch.float64)))
+        )
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ def convnet(channels: int, size: int) -> tuple[nn.Module, int]:
     layers: list[nn.Module] = []
     for i, width in enumerate(widths):
         inputs = channels if i == 0 else widths[i - 1]
-        layers += [nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-        if i < pools:
-            layers.append(nn.MaxPool2d(2))
+        pool = [nn.MaxPool2d(2)] if i < pools else []  # before the norm, which then has a quarter to do
+        conv = nn.Conv2d(inputs, width, 3, padding=1, bias=False)
+        layers += [conv, *pool, nn.BatchNorm2d(width), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten()), 4 * widths[-1]
 
 
@@ -167,7 +167,9 @@ def make_backbone(
 
     Args:
         name: a key of BACKBONES, ``torchvision:NAME`` or ``timm:NAME``.
-        mean, std: (C,) of the images in [0, 1]; default 0.5 and 0.25.
+        shape: of one image or vector.
+        mean: (C,) of the images in [0, 1]; default 0.5.
+        std: (C,) of the images in [0, 1]; default 0.25.
 
     Raises:
         ValueError: unknown name, or images too small for it.

@@ -47,9 +47,7 @@ def train_batches(store: Store, targets: Targets, recipe: Recipe, batch_size: in
         lo, hi = dist.shard(batch_size)
         whole = store.take(ids[lo:hi])
         mates = whole if targets.partners.shape[1] == 1 else store.take(partners[lo:hi])
-        views = [
-            VIEWS[name](whole if v == 0 else mates, rng, (lo, batch_size)) for v, name in enumerate(recipe.views)
-        ]
+        views = [VIEWS[name](whole if v == 0 else mates, rng, (lo, batch_size)) for v, name in enumerate(recipe.views)]
         yield Batch(ids[lo:hi], views)
 
 
@@ -79,6 +77,7 @@ def uniform_over(labels: Tensor, n: int, rng: torch.Generator) -> Tensor:
     Args:
         labels: (N,) int, pseudo-class of each image.
         n: how many to draw.
+        rng: of the order and of who is drawn once more.
 
     Raises:
         ValueError: no image has a label.

@@ -24,6 +24,8 @@ def extract(
     """This rank's contiguous shard of the features, in eval mode.
 
     Args:
+        model: gives the features.
+        store: gives the images.
         views: several of them give the mean of their features (of random views: a steadier estimate).
         batch_size: images at a time; changes the result by rounding only.
         seed: of random views.

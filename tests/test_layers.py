@@ -8,16 +8,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "deepcluster"
 LAYERS = [
-    {"dist", "metrics", "doctor"},
-    {"transport", "losses", "decode", "kmeans"},
+    {"dist", "metrics", "doctor", "settings"},
+    {"transport", "losses", "decode", "kmeans", "views"},
     {"model", "recipe", "backbones"},
-    {"assign", "sources", "store", "views", "methods", "heads"},
+    {"assign", "sources", "store", "methods"},
     {"batches"},
-    {"features", "checkpoint", "evaluate", "log"},
+    {"features", "checkpoint", "evaluate", "classifier"},
     {"trainer"},
-    {"plan", "outputs"},
+    {"log"},
+    {"plan"},
+    {"outputs", "dryrun", "options"},
+    {"report"},
     {"estimator"},
-    {"__main__", "report"},
+    {"__main__"},
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 SIDEWAYS = {("recipe", "model"), ("backbones", "recipe"), ("methods", "assign"), ("store", "sources")}

@@ -327,8 +327,7 @@ def test_a_last_step_that_blows_the_weights_up_is_not_saved(tmp_path):
     model = make_model(recipe)
 
     def spoil(batches):
-        for batch in batches:
-            yield batch
+        yield from batches
         with torch.no_grad():  # what a last optimizer step does when its gradient overflowed
             next(iter(model.parameters()))[0] = math.inf
 

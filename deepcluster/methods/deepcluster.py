@@ -2,7 +2,8 @@
 
 Deviations: a second, overclustering head is trained beside the reported one; k-means starts from the last clusters
 and they are renamed to overlap the old ones most, so that heads are kept (``heads="reset"`` is the paper's
-way: relearning them every epoch costs ACC); sampling is uniform over pseudo-classes as the paper says, not as its code does.
+way: relearning them every epoch costs ACC); sampling is uniform over pseudo-classes as the paper says, not as its
+code does.
 """
 
 from deepcluster.assign import Aligned, KMeans, centroid_heads

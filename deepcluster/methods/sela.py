@@ -29,4 +29,5 @@ def sela(
         views=(view,),
         label_views=(view,) * label_views,
         objective=pseudo_label,
+        passes=0.75,
     )

@@ -23,9 +23,7 @@ class Contrastive:
 
 
 @method
-def simclr(
-    n_clusters: int = 10, temperature: float = 0.5, projection: int = 128, view: str = "crop"
-) -> Recipe:
+def simclr(n_clusters: int = 10, temperature: float = 0.5, projection: int = 128, view: str = "crop") -> Recipe:
     """Learns features; ``n_clusters`` is for the recipe that follows. A larger batch has more to tell apart."""
     return Recipe(
         heads=(projection,),

@@ -1,0 +1,154 @@
+"""What a run says while it trains: metrics.jsonl, train.log and one progress bar. Rank 0 only; changes nothing."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from logging.handlers import MemoryHandler
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from deepcluster import dist, metrics
+from deepcluster.batches import Batch
+from deepcluster.trainer import Report
+
+logger = logging.getLogger("deepcluster")
+
+
+class Recording:
+    """``with Recording() as record``: remembers what is said; ``record.into(file)`` writes that, and all that follows.
+
+    So the first words of a run are in its train.log, though its directory is touched only when all input is right.
+    """
+
+    def __enter__(self) -> "Recording":
+        self.memory = MemoryHandler(100_000, flushLevel=logging.CRITICAL + 1)
+        self.level = logger.level
+        logger.setLevel(logging.DEBUG)  # what reaches the screen is decided by the handler there
+        logger.addHandler(self.memory)
+        return self
+
+    def into(self, path: Path) -> None:
+        """Append to ``path`` from here on."""
+        file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self.memory.setTarget(file)
+        self.memory.flush()
+        self.memory.capacity = 1  # from now on at once
+
+    def __exit__(self, *error: object) -> None:
+        file = self.memory.target
+        logger.removeHandler(self.memory)
+        logger.setLevel(self.level)
+        self.memory.close()
+        if file:
+            file.close()
+
+
+def row(report: Report) -> dict[str, Any]:
+    """One line of metrics.jsonl: what can be known of an epoch without labels.
+
+    Predictions are those the reported head made while it was trained, so they cost nothing and lag a little behind.
+    A pretext's head has no clusters, so there is no ``health``.
+    """
+    state, recipe = report.state, report.recipe
+    n, clock = state.predicted.shape[1], report.clock
+    seen = clock.steps * (n // clock.steps)
+    out: dict[str, Any] = {
+        "stage": state.stage,
+        "epoch": state.epoch,
+        "loss": round(report.loss, 6),
+        "seconds": round(report.seconds, 3),
+        "images_per_second": round(seen / report.seconds, 1) if report.seconds else None,
+    }
+    if not recipe.pretext:
+        head = state.reported(recipe.heads)
+        now, before = state.predicted[head].cpu().numpy(), report.before[head].cpu().numpy()
+        both = (now >= 0) & (before >= 0)
+        health: dict[str, Any] = metrics.health(now[now >= 0], recipe.heads[head])
+        health["nmi_previous"] = metrics.agreement(now[both], before[both]) if both.any() else None
+        out["health"] = {k: round(v, 6) if isinstance(v, float) else v for k, v in health.items()}
+    return out
+
+
+class Metrics:
+    """Hook: appends one JSON object an epoch; with true labels (N,) also acc, nmi, ari of the images that have one.
+
+    A resumed run calls ``rewind`` first and then continues the file without a seam.
+    """
+
+    def __init__(self, path: Path, true: np.ndarray | None = None):
+        self.path, self.true = path, true
+
+    def rewind(self, stage: int, epoch: int) -> None:
+        """Drop what was written after this checkpoint, also a half-written line: those epochs are trained again.
+
+        Nothing before it can be missing, since an epoch is reported before it is saved.
+        """
+        kept = []
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+                try:
+                    one = json.loads(line)
+                    if line.endswith("\n") and (one["stage"], one["epoch"]) <= (stage, epoch):
+                        kept.append(line)
+                except (ValueError, KeyError, TypeError):
+                    logger.warning("%s had a damaged line, which is left out", self.path)
+        tmp = self.path.with_suffix(".tmp")
+        tmp.write_text("".join(kept), encoding="utf-8")
+        tmp.replace(self.path)
+
+    def __call__(self, report: Report) -> None:
+        if not dist.is_main():
+            return
+        one = row(report)
+        if self.true is not None and not report.recipe.pretext:
+            predicted = report.state.predicted[report.state.reported(report.recipe.heads)].cpu().numpy()
+            known = (self.true >= 0) & (predicted >= 0)
+            if known.any():
+                k = report.recipe.heads[0]
+                scores = metrics.scores(predicted[known], self.true[known], k)
+                one |= {name: round(float(scores[name] or 0), 6) for name in ("acc", "nmi", "ari")}
+        with self.path.open("a", encoding="utf-8") as f:
+            f.write(json.dumps(one) + "\n")
+            f.flush()
+            os.fsync(f.fileno())  # the checkpoint that follows must not outlive it
+
+
+def no_bar(quiet: bool) -> bool:
+    """Bars are for people: not for files, not for pipes."""
+    return quiet or not dist.is_main() or not sys.stderr.isatty()
+
+
+class Bar:
+    """One tqdm bar a stage: steps, loss, clusters in use, and agreement with the labels of the epoch before."""
+
+    def __init__(self, name: str, steps: int, done: int = 0, quiet: bool = False):
+        self.bar = tqdm(total=steps, initial=done, desc=name, unit="step", file=sys.stderr, disable=no_bar(quiet))
+        self.name = name
+
+    def __call__(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Pass batches through, counting."""
+        for batch in batches:
+            yield batch
+            self.bar.update()
+
+    def hook(self, report: Report) -> None:
+        """Show the figures of an epoch, and log them."""
+        one = row(report)
+        shown = {"epoch": f"{report.clock.epoch + 1}/{report.clock.epochs}", "loss": f"{report.loss:.4f}"}
+        if health := one.get("health"):
+            shown["active"] = f"{health['active']}/{report.recipe.heads[0]}"
+            if health["nmi_previous"] is not None:
+                shown["nmi_prev"] = f"{health['nmi_previous']:.3f}"
+        self.bar.set_postfix(shown, refresh=True)
+        if dist.is_main():  # for train.log, and for the screen where there is no bar
+            logger.debug("%s %s", self.name, " ".join(f"{name} {value}" for name, value in shown.items()))
+
+    def close(self) -> None:
+        """Leave the finished bar on the screen."""
+        self.bar.close()

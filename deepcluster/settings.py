@@ -1,0 +1,66 @@
+"""What may be asked of a run. Knows nothing of torch, so that ``--help`` is quick."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What may be asked of a run; ``auto`` is derived from the data and printed.
+
+    Attributes:
+        method: a name, or a plan such as "simclr+sela".
+        n_clusters: clusters to report.
+        overcluster: how many times more clusters the extra heads get; auto: the method's own.
+        backbone: a name in backbones.BACKBONES, torchvision:NAME or timm:NAME.
+        weights: local file to start the backbone from.
+        init_from: finished run whose backbone to start from.
+        image_size: pixels a side.
+        epochs: of every stage.
+        batch_size: images a step, over all processes.
+        lr: highest learning rate.
+        seed: of everything random.
+        device: auto, cpu, cuda or mps.
+        precision: auto, fp32 or bf16; auto is bf16 where the processor has it.
+        params: further parameters of the methods, by name, or by stage and name ("sela.n_heads").
+    """
+
+    method: str = AUTO
+    n_clusters: int = 10
+    overcluster: int | str = AUTO
+    backbone: str = AUTO
+    weights: str | None = None
+    init_from: str | None = None
+    image_size: int | str = AUTO
+    epochs: int | str = AUTO
+    batch_size: int | str = AUTO
+    lr: float | str = AUTO
+    seed: int = 0
+    device: str = AUTO
+    precision: str = AUTO
+    params: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, low in (("n_clusters", 2), ("overcluster", 1), ("image_size", 4), ("epochs", 1), ("batch_size", 2)):
+            value = getattr(self, name)
+            auto = name != "n_clusters" and value == AUTO
+            if not auto and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+                or_auto = "" if name == "n_clusters" else " or auto"
+                raise ValueError(f"{name} must be a whole number of at least {low}{or_auto}; got {value!r}")
+        number = isinstance(self.lr, (int, float)) and not isinstance(self.lr, bool)
+        if self.lr != AUTO and not (number and 0 < float(self.lr) < math.inf):
+            raise ValueError(f"lr must be a number above 0 or auto; got {self.lr!r}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
+            raise ValueError(f"seed must be a whole number of at least 0; got {self.seed!r}")
+        if self.precision not in (AUTO, "fp32", "bf16"):
+            raise ValueError(f"precision must be auto, fp32 or bf16; got {self.precision!r}")
+        for name in ("method", "backbone", "device"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a name; got {getattr(self, name)!r}")
+        if not isinstance(self.params, dict):
+            raise ValueError(f"params must be an object of names and values; got {self.params!r}")
+        if self.weights and self.init_from:
+            raise ValueError("weights and init_from both start the backbone; give one of them")

@@ -1,0 +1,99 @@
+"""From settings to numbers. What the numbers are is measured elsewhere; here: all is resolved, checked and kept."""
+
+import json
+
+import pytest
+import torch
+
+from deepcluster import plan
+from deepcluster.backbones import make_backbone
+from deepcluster.plan import Plan, check, resolve
+from deepcluster.settings import Settings
+from deepcluster.store import Probe
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 32, 32), (3, 96, 96), (7,)])
+@pytest.mark.parametrize("n", [40, 10_000, 100_000])
+def test_every_auto_becomes_a_number_and_survives_json(shape, n):
+    made = resolve(Settings(n_clusters=7), n, shape, CPU)
+    assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+    assert made.n_clusters == 7
+    assert made.shape == shape
+    for stage in made.stages:
+        assert stage.epochs >= 1
+        assert 2 <= stage.batch_size <= n
+        assert stage.lr > 0
+        assert stage.recipe().heads
+    assert "auto" not in (made.backbone, *[s.method for s in made.stages])
+    assert made.stages[-1].recipe().heads[0] == 7
+
+
+def test_what_is_asked_for_is_taken():
+    asked = Settings(
+        method="simclr+sela", n_clusters=4, backbone="resnet18", epochs=3, batch_size=16, lr=0.5, seed=9,
+        precision="fp32", overcluster=3, params={"sela.overcluster": 2},
+    )  # fmt: skip
+    made = resolve(asked, 100, (3, 32, 32), CPU)
+    assert [s.method for s in made.stages] == ["simclr", "sela"]
+    assert {(s.epochs, s.batch_size, s.lr) for s in made.stages} == {(3, 16, 0.5)}
+    assert (made.backbone, made.seed, made.bf16) == ("resnet18", 9, False)
+    assert made.stages[1].params["overcluster"] == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"method": "selaa"}, "did you mean 'sela'"),
+        ({"method": "sela+"}, "unknown method ''"),
+        ({"method": "simclr"}, "let a clustering method follow"),
+        ({"method": "sela", "params": {"simclr.view": "crop"}}, "has no parameter"),
+        ({"backbone": "convnett"}, "did you mean 'convnet'"),
+    ],
+)
+def test_wrong_names_before_any_image_is_read(settings, said):
+    with pytest.raises(ValueError, match=said):
+        check(Settings(**settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "shape", "said"),
+    [
+        ({"n_clusters": 50}, (1, 8, 8), "40 images cannot make 50 clusters"),
+        ({"batch_size": 41}, (1, 8, 8), "40 training images"),
+        ({"backbone": "alexnet"}, (3, 32, 32), "at least 64 px"),
+        ({"backbone": "mlp"}, (3, 32, 32), "mlp takes vectors"),
+        ({"backbone": "convnet"}, (5,), "convnet takes images"),
+        ({"backbone": "torchvision:resnet19"}, (3, 32, 32), "did you mean"),
+        ({"params": {"zzz": 1}}, (3, 32, 32), "no parameter 'zzz'"),
+    ],
+)
+def test_what_does_not_fit_the_data(settings, shape, said):
+    with pytest.raises(ValueError, match=said):
+        resolve(Settings(**settings), 40, shape, CPU)
+
+
+@pytest.mark.parametrize("field", ["n_clusters", "overcluster", "image_size", "epochs", "batch_size", "lr", "seed"])
+@pytest.mark.parametrize("value", [-1, True, "7", float("nan"), None])
+def test_wrong_values(field, value):
+    with pytest.raises(ValueError, match=f"{field} must be"):
+        Settings(**{field: value})
+
+
+def test_image_size_is_never_more_than_the_images_have_unless_they_are_tiny():
+    assert plan.image_size(Probe(100, 40, 3), CPU) <= 40
+    assert plan.image_size(Probe(4000, 3000, 3), CPU) <= 128
+
+
+def test_weights_and_init_from_exclude_each_other():
+    with pytest.raises(ValueError, match="give one of them"):
+        Settings(weights="a", init_from="b")
+
+
+def test_training_starts_from_the_weights(tmp_path):
+    net, _ = make_backbone("convnet", (1, 8, 8))
+    torch.save(net[-1].state_dict(), tmp_path / "w.pth")
+    made = resolve(Settings(weights=str(tmp_path / "w.pth")), 40, (1, 8, 8), CPU)
+    start, _ = plan.starting_point(made)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), start.parameters(), strict=True))
