@@ -16,7 +16,7 @@ from deepcluster.model import Model
 from deepcluster.plan import Plan, Stage, starting_point, statistics
 from deepcluster.sources import Source
 from deepcluster.store import Store
-from deepcluster.store.cache import cache_folder, key, whole
+from deepcluster.store.cache import key, whole
 from deepcluster.trainer import Report, Training, fit
 
 SAMPLE = 512  # images, or two batches if that is more
@@ -33,7 +33,7 @@ def lines(plan: Plan, source: Source, device: torch.device, workers: int | None 
     decoding = (time.perf_counter() - began) / count * n
     shape = (n, *plan.shape)
     held = int(np.prod(shape)) * sample.data.element_size()
-    cached = source.features is None and whole(cache_folder() / key(source, shape), shape)
+    cached = source.features is None and whole(doctor.cache_dir() / key(source, shape), shape)
     weights, saved, seconds = 0, 0, []
     for stage in plan.stages:
         numbers, kept, each = _try(plan, stage, sample)
@@ -43,7 +43,7 @@ def lines(plan: Plan, source: Source, device: torch.device, workers: int | None 
     where = "taken as they are" if source.features is not None else "in the cache already" if cached else "to be cached"
     on_gpu = device.type == "cuda"
     free = int(torch.cuda.mem_get_info(device)[0]) if on_gpu else doctor.free_memory() or 0
-    disk = next(folder for folder in (cache_folder(), *cache_folder().absolute().parents) if folder.exists())
+    disk = next(folder for folder in (doctor.cache_dir(), *doctor.cache_dir().absolute().parents) if folder.exists())
     said = [
         f"images       {n} of {'x'.join(map(str, plan.shape))}: {_mb(held)} as decoded, {where}",
         f"{'GPU memory' if on_gpu else 'memory':12} {_mb(held + 4 * weights + saved)} = images {_mb(held)} + model, "

@@ -59,7 +59,7 @@ class Training:
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """AdamW, or SGD if there is a momentum."""
         if self.momentum is None:
-            return torch.optim.AdamW(model.parameters(), self.lr, weight_decay=self.weight_decay)
+            return torch.optim.AdamW(model.parameters(), self.lr, weight_decay=self.weight_decay, fused=True)
         return torch.optim.SGD(model.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay)
 
     def lr_at(self, clock: Clock) -> float:

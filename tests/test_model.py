@@ -273,7 +273,8 @@ def test_weights_older_than_counters_of_batches_fit(trained, tmp_path):
     other = untrained()
     load_weights(other, tmp_path / "w.safetensors")
     means = [{k: v for k, v in net[1].state_dict().items() if k.endswith("running_mean")} for net in (other, trained)]
-    assert means[0] and all(torch.equal(means[0][k], means[1][k]) for k in means[1])
+    assert means[0]
+    assert all(torch.equal(means[0][k], means[1][k]) for k in means[1])
 
 
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])

@@ -7,21 +7,18 @@ is image i of the source, also if that could not be read: rows are left out, nev
     <key>/images.npy   (M, C, H, W) uint8        <key>/sha1.npy   (M, 20) uint8        <key>/index.json   the bad rows
 """
 
-import contextlib
 import hashlib
 import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from deepcluster import decode, dist
+from deepcluster import decode, dist, doctor
 from deepcluster.sources import Source
-from deepcluster.store.cache import NoCacheError, Progress, Work, build, cache_folder, key, mapped, none_good
+from deepcluster.store.cache import NoCacheError, Progress, Work, build, key, mapped, none_good
 
 
 class Probe(NamedTuple):
@@ -113,12 +110,12 @@ def open_store(
         ValueError: not a single image can be decoded, or the cache cannot be written and memory does not suffice.
         OSError: the disk of the cache is full; the message says how much is needed.
     """
-    budget = _free_memory() // 4 if budget is None else budget
+    budget = (doctor.free_memory() or 4 << 30) // 4 if budget is None else budget
     if source.features is not None:
         return _feature_store(source, source.features, device, budget)
     shape = (len(source.names), channels, size, size)
-    work = Work(source, shape, workers or _processors(), progress)
-    folder = cache_folder() / key(source, shape)
+    work = Work(source, shape, workers or doctor.cpu_count(), progress)
+    folder = doctor.cache_dir() / key(source, shape)
     place = _place(work.bytes, device, budget)
     try:
         try:
@@ -169,20 +166,3 @@ def _place(size: int, device: torch.device, budget: int) -> str:
     if device.type == "cuda" and size <= 0.4 * torch.cuda.mem_get_info(device)[0]:
         return "device"
     return "memory" if size <= budget else "mmap"
-
-
-def _free_memory() -> int:
-    """Bytes this process may still take, as the machine and its container say; 4 GiB where neither does."""
-    free = [1 << 62]
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        free.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free[1] = int(fields["MemAvailable"].split()[0]) * 1024  # counts the file cache as free, which it is
-    with contextlib.suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return max(0, min(free)) if min(free) < 1 << 62 else 4 << 30
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -37,12 +37,6 @@ def none_good(source: Source, bad: list[tuple[int, str]]) -> str:
     return f"{source.location}: none of {len(bad)} can be used; for example {source.names[bad[0][0]]}: {bad[0][1]}"
 
 
-def cache_folder() -> Path:
-    """Where decoded images are kept."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("DEEPCLUSTER_CACHE") or Path(home) / "deepcluster").expanduser()
-
-
 def key(source: Source, shape: tuple[int, ...]) -> str:
     """Name of the store of this content at this shape."""
     return hashlib.sha1(f"{source.signature} {shape} {decode.VERSION}".encode()).hexdigest()
