@@ -70,6 +70,12 @@ def _say(model: Any, out: str) -> None:
         )
     print(f"clusters: {out}/clusters.parquet   images: {out}/assignments.parquet   model: {out}/model")
     print(f"to look at: {out}/report.html")
+    if not model.quiet and len(set(model.labels_.tolist())) == 1:
+        print(
+            f"deepcluster: warning: collapsed: all {len(model.labels_)} images are in one cluster; train longer, try "
+            "another --method or --seed, a lower --lr, or look whether the images differ at all",
+            file=sys.stderr,
+        )
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -88,6 +94,13 @@ def _predict(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if out.suffix != ".parquet":
         raise ValueError(f"--out must name a .parquet file; got {args.out}")
+    if out.resolve() == Path(args.source).resolve():
+        raise ValueError(f"--out {args.out} is the source, which would be lost; give --out another name")
+    if Path(args.run).exists() and out.resolve().is_relative_to(Path(args.run).resolve()):
+        raise ValueError(f"--out {args.out} lies in the run {args.run}; give --out a place outside it")
+    if out.is_dir():
+        raise ValueError(f"--out {args.out} is a folder; give --out the name of a .parquet file")
+    outputs.check_folder(out.parent)
     model = load(args.run, args.device)
     model.quiet = args.quiet
     store, found = model._predict(args.source, args.data_root)
@@ -144,7 +157,7 @@ def _report(args: argparse.Namespace) -> None:
         store = open_store(source, size=size, channels=channels)
         if store.names == table["path"].to_pylist():
             found = evaluate.true_classes(source, config["data"]["labels"])
-            true = None if found is None else found[store.rows]
+            true = evaluate.of_rows(found, store.rows)
     except ValueError as error:
         logging.getLogger("deepcluster").warning("%s; the report shows paths instead of images", error)
     print(f"report: {write_report(run, config, rows, table, clusters, store, true)}")

@@ -47,7 +47,8 @@ def train_batches(store: Store, targets: Targets, recipe: Recipe, batch_size: in
         lo, hi = dist.shard(batch_size)
         whole = store.take(ids[lo:hi])
         mates = whole if targets.partners.shape[1] == 1 else store.take(partners[lo:hi])
-        views = [VIEWS[name](whole if v == 0 else mates, rng, (lo, batch_size)) for v, name in enumerate(recipe.views)]
+        rows = (lo, batch_size)
+        views = [seen(store, whole if v == 0 else mates, name, rng, rows) for v, name in enumerate(recipe.views)]
         yield Batch(ids[lo:hi], views)
 
 
@@ -62,9 +63,17 @@ def eval_batches(
         first, last = max(lo, start), min(hi, start + total)
         rows = torch.arange(first, max(first, last))
         if len(rows):
-            yield VIEWS[view](store.take(rows), rng, (first - start, total))
+            yield seen(store, store.take(rows), view, rng, (first - start, total))
         elif view != "clean":
-            VIEWS[view](store.take(torch.arange(1)), rng, (0, total))  # advances the generator alike on every rank
+            seen(store, store.take(torch.arange(1)), view, rng, (0, total))  # advances the generator on every rank
+
+
+def seen(store: Store, raw: Tensor, view: str, rng: torch.Generator, rows: tuple[int, int]) -> Tensor:
+    """What the store's rows look like through a view. The noise of vectors is in units of their own deviation."""
+    if raw.ndim == 4 or view == "clean":
+        return VIEWS[view](raw, rng, rows)
+    mean, std = (s.to(raw.device) for s in store.statistics)
+    return VIEWS[view]((raw - mean) / std, rng, rows) * std + mean
 
 
 def uniform_over(labels: Tensor, n: int, rng: torch.Generator) -> Tensor:

@@ -24,13 +24,17 @@ def setup(device: str = "auto") -> torch.device:
     if not present.get(kind):
         there = ", ".join(kind for kind, here in present.items() if here)
         raise ValueError(f"device {device!r} is not available; choose from {there} or auto")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device {device!r} is no device; choose {kind}, {kind}:NUMBER or auto") from None
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     if device == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
         torch.cuda.set_device(local)
         return torch.device("cuda", local)
-    return torch.device(device)
+    return chosen
 
 
 def rank() -> int:

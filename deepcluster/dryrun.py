@@ -13,7 +13,7 @@ from torch import Tensor
 from deepcluster import decode, doctor
 from deepcluster.decode import BadImage
 from deepcluster.model import Model
-from deepcluster.plan import Plan, Stage, starting_point, statistics
+from deepcluster.plan import Plan, Stage, starting_point
 from deepcluster.sources import Source
 from deepcluster.store import Store
 from deepcluster.store.cache import key, whole
@@ -85,7 +85,7 @@ def _try(plan: Plan, stage: Stage, sample: Store) -> tuple[int, int, float]:
     """Bytes of the weights, bytes kept for the backward pass of a batch, and seconds of an epoch on the sample."""
     recipe = stage.recipe()
     torch.manual_seed(plan.seed)
-    backbone, dim = starting_point(replace(plan, weights=None, init_from=None), *statistics(sample))
+    backbone, dim = starting_point(replace(plan, weights=None, init_from=None), *sample.statistics)
     model = Model(backbone, dim, recipe.heads, recipe.head).to(sample.device)
     batch = min(stage.batch_size, len(sample))
     kept: dict[int, int] = {}

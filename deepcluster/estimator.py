@@ -93,6 +93,11 @@ class DeepCluster(ClusterMixin, TransformerMixin, BaseEstimator):
         given = {f.name: getattr(self, f.name) for f in fields(Settings) if f.name not in ("seed", "params")}
         return Settings(**given, seed=self.random_state, params=self.params or {})
 
+    def _reads(self, X: Any) -> dict[str, str | os.PathLike]:
+        """What a run starts from and so must not replace, by its name."""
+        given = {"the source": X, "--weights": self.weights, "--init-from": self.init_from}
+        return {name: path for name, path in given.items() if isinstance(path, (str, os.PathLike))}
+
     def fit(self, X: Any, y: object = None) -> "DeepCluster":
         """Train on a source (a path, a name such as "digits", or an array); ``y`` is ignored.
 
@@ -108,7 +113,7 @@ class DeepCluster(ClusterMixin, TransformerMixin, BaseEstimator):
         settings, out = self._settings(), Path(self.out) if self.out is not None else None
         planning.check(settings)
         if out and dist.is_main():
-            outputs.check(out, self.overwrite)
+            outputs.check(out, self.overwrite, self._reads(X))
         device = dist.setup(settings.device)
         with Recording() as record:
             source = open_source(X, data_root=data_root)
@@ -126,7 +131,7 @@ class DeepCluster(ClusterMixin, TransformerMixin, BaseEstimator):
                 record.into(out / "train.log")
                 outputs.write_json(out / "env.json", doctor.environment())
                 outputs.write_skipped(out / "skipped.csv", store.skipped)
-            return self._train(plan, store, out, true if true is None else true[store.rows])
+            return self._train(plan, store, out, evaluate.of_rows(true, store.rows))
 
     def _resume(
         self, labels: str | None = None, workers: int | None = None, data_root: str | None = None
@@ -149,14 +154,14 @@ class DeepCluster(ClusterMixin, TransformerMixin, BaseEstimator):
             if outputs.content(store) != data["content"]:
                 raise ValueError(f"{data['source']} has other images than when {out} began ({len(store)} now, "
                                  f"{data['n_images']} then); start anew with --overwrite")  # fmt: skip
-            return self._train(plan, store, out, true if true is None else true[store.rows], saved)
+            return self._train(plan, store, out, evaluate.of_rows(true, store.rows), saved)
 
     def _dry_run(self, X: Any, workers: int | None = None, data_root: str | None = None) -> list[str]:
         """What ``fit`` would need and take, a line each; trains on a sample for some seconds, writes nothing."""
         settings = self._settings()
         planning.check(settings)
         if self.out is not None:
-            outputs.check(Path(self.out), self.overwrite)
+            outputs.check(Path(self.out), self.overwrite, self._reads(X))
         device = dist.setup(settings.device)
         source = open_source(X, data_root=data_root)
         size, channels = choose_size(settings, source, device)
@@ -185,9 +190,10 @@ class DeepCluster(ClusterMixin, TransformerMixin, BaseEstimator):
         spec = Spec(plan.backbone, plan.shape, recipe.head.__name__, plan.n_clusters, _version())
         classifier, found = Classifier.of(model, state.reported(recipe.heads), spec, store)
         self._keep(classifier, found["cluster"], store.names, store.skipped, plan)
-        self.scores_ = None if true is None else evaluate.scores(self.labels_, true, plan.n_clusters)
         if out and dist.is_main():
             outputs.write_results(out, classifier, found, store.names, store.sha1)
+        self.scores_ = None if true is None else evaluate.scores(self.labels_, true, plan.n_clusters)
+        if out and dist.is_main():
             write_report(out, *outputs.read_run(out), store, true)
         dist.barrier()
         used = metrics.health(self.labels_, plan.n_clusters)

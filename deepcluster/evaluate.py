@@ -79,6 +79,14 @@ def scores(cluster: np.ndarray, true: np.ndarray, n_clusters: int) -> dict[str, 
     return {k: round(v, 6) if isinstance(v, float) else v for k, v in out.items()}
 
 
+def of_rows(true: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
+    """Classes of the images that could be read, by their rows; None, with a warning, if none of these has one."""
+    if true is None or (true[rows] >= 0).any():
+        return None if true is None else true[rows]
+    logging.getLogger("deepcluster").warning("no image that has a label can be read, so there are no scores")
+    return None
+
+
 def true_classes(source: Source, labels: str) -> np.ndarray | None:
     """Classes (N,) of all items of a source by ``--labels auto|none|FILE.csv``; warns of what does not match."""
     if labels == "none":

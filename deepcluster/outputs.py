@@ -4,7 +4,7 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,37 @@ FILES = ("config.json", "env.json", "metrics.jsonl", "train.log", "assignments.p
          "checkpoints/last.tmp", "model/model.safetensors", "model/config.json", "model/names.json")  # fmt: skip
 
 
-def check(out: Path, overwrite: bool) -> None:
-    """Make sure that a run can be written to ``out``, before the work begins; changes nothing.
+def within(path: str | os.PathLike, folder: Path) -> bool:
+    """Whether there is such a path and it is ``folder`` or something in it, links followed."""
+    path = os.path.expanduser(path)  # noqa: PTH111  # Path's fails for an unknown user
+    return os.path.exists(path) and Path(path).resolve().is_relative_to(folder.resolve())  # noqa: PTH110
+
+
+def check_folder(out: Path) -> None:
+    """Make sure that the folder ``out`` is there, or can be made, and can be written; changes nothing.
 
     Raises:
-        ValueError: there is a run, there are other files, or it cannot be written.
+        ValueError: it cannot.
     """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; give --out the name of a folder")
     above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not above.is_dir():
         raise ValueError(f"{out} cannot be made: {above} is a file; give --out another place")
     if not os.access(above, os.W_OK | os.X_OK):
         raise ValueError(f"{above} cannot be written; give --out another place")
+
+
+def check(out: Path, overwrite: bool, reads: Mapping[str, str | os.PathLike] | None = None) -> None:
+    """Make sure that a run can be written to ``out``, before the work begins; changes nothing.
+
+    Raises:
+        ValueError: there is a run, there are other files, it cannot be written, or it holds what the run ``reads``.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; give --out the name of a folder")
+    check_folder(out)
+    for name, path in (reads or {}).items() if overwrite else ():
+        if within(path, out):
+            raise ValueError(f"{name} {path} lies in {out}, which --overwrite replaces; give another --out")
     if not out.exists() or not any(out.iterdir()):
         return
     run = any((out / name).exists() for name in ("env.json", "train.log", "checkpoints/last.pt"))

@@ -95,6 +95,8 @@ def _stages(settings: Settings, grey: bool) -> list[tuple[str, dict[str, Any]]]:
             params["view"] = "strong" if grey else "crop"
         for key, value in settings.params.items():
             stage, _, short = key.rpartition(".")
+            if short == "n_clusters":
+                raise ValueError(f"--set cannot change n_clusters; use --n-clusters {value}")
             if short in known and stage in ("", name):
                 params[short] = value
                 used.add(key)
@@ -148,6 +150,22 @@ def starting_point(plan: Plan, mean: Tensor | None = None, std: Tensor | None = 
     return backbone, dim
 
 
+def _try(plan: Plan) -> None:
+    """Refuse a backbone that does not turn these images into one feature vector each, before anything is written."""
+    backbone, dim = starting_point(plan)
+    try:
+        with torch.no_grad():
+            out = backbone(torch.zeros(2, *plan.shape))
+        if not isinstance(out, Tensor) or out.shape != (2, dim):
+            raise TypeError(f"it gives {tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__}")
+    except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError) as error:  # whatever its code raises
+        shape = "x".join(map(str, plan.shape))
+        raise ValueError(
+            f"the backbone {plan.backbone} does not work on {shape} images: {str(error).splitlines()[0]}; "
+            "try another --image-size or --backbone"
+        ) from error
+
+
 def resolve(settings: Settings, n_images: int, shape: tuple[int, ...], device: torch.device) -> Plan:
     """Turn every "auto" into a number and say what was chosen.
 
@@ -182,7 +200,7 @@ def resolve(settings: Settings, n_images: int, shape: tuple[int, ...], device: t
                 bf16 and device.type != "mps")  # fmt: skip
     for stage in plan.stages:
         steps(n_images, stage.batch_size)
-    starting_point(plan)
+    _try(plan)
     said = " then ".join(f"{s.method} for {s.epochs} epochs" for s in plan.stages)
     logger.info(
         "plan: %s; %s on %s %s, batch %d, lr %g, %s, seed %d",
@@ -190,15 +208,6 @@ def resolve(settings: Settings, n_images: int, shape: tuple[int, ...], device: t
         "bf16" if plan.bf16 else "fp32", plan.seed,
     )  # fmt: skip
     return plan
-
-
-def statistics(store: Store, sample: int = 2000) -> tuple[Tensor, Tensor]:
-    """(C,) mean and deviation of the images in [0, 1], or of each number of vectors, from evenly spaced ones."""
-    x = store.take(torch.linspace(0, len(store) - 1, min(sample, len(store))).long()).float()
-    if x.ndim == 4:
-        x = x / 255
-    dims = [0, *range(2, x.ndim)]
-    return x.mean(dims).cpu(), x.std(dims).clamp_min(1e-3).cpu()
 
 
 def run(
@@ -218,7 +227,7 @@ def run(
     """
     torch.manual_seed(dist.epoch_seed(plan.seed, 0))
     start = replace(plan, weights=None, init_from=None) if resume else plan
-    backbone, dim = starting_point(start, *statistics(store))
+    backbone, dim = starting_point(start, *store.statistics)
     first = resume["stage"] if resume else 0
     if first >= len(plan.stages):
         raise ValueError(f"the checkpoint is of stage {first + 1}, the plan has {len(plan.stages)}; start anew")
@@ -238,4 +247,13 @@ def run(
     return model, recipe, state
 
 
-__all__ = ["Plan", "Settings", "Stage", "check", "image_size", "resolve", "run", "starting_point", "statistics"]
+__all__ = [
+    "Plan",
+    "Settings",
+    "Stage",
+    "check",
+    "image_size",
+    "resolve",
+    "run",
+    "starting_point",
+]

@@ -144,6 +144,7 @@ def fit(
 
         refreshed = recipe.refresh.due(clock)
         if refreshed:
+            model.eval()  # heads, too: labelling may neither use nor move the statistics of a batch
             features = extract(model, store, recipe.label_views, seed=seed, bf16=training.bf16)
             with torch.no_grad():
                 state.targets = recipe.assigner(features, model.head_list(), state.targets, seed)

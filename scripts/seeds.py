@@ -45,13 +45,13 @@ def main() -> None:
     parser.add_argument("source")
     parser.add_argument("--seeds", type=int, default=10, help="how many: 0 .. seeds - 1")
     parser.add_argument("--first", type=int, help="only so many rows of a Parquet file")
-    parser.add_argument("options", nargs="*", help="after --: for deepcluster fit")
-    args = parser.parse_args()
+    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args, options = parser.parse_args(sys.argv[1:cut]), sys.argv[cut + 1 :]
     results = []
     with tempfile.TemporaryDirectory() as folder:
         source = first_rows(args.source, args.first, Path(folder)) if args.first else args.source
         for seed in range(args.seeds):
-            results.append(one(source, seed, Path(folder), args.options))
+            results.append(one(source, seed, Path(folder), options))
             print(f"seed {seed}  " + "  ".join(f"{k} {v:.3f}" for k, v in results[-1].items()), flush=True)
     for key in results[0]:
         values = [r[key] for r in results]

@@ -7,7 +7,7 @@ import torch
 from tiny import store_of, tiny_store
 
 from deepcluster import batches as module
-from deepcluster.batches import eval_batches, steps, train_batches, uniform_over
+from deepcluster.batches import eval_batches, seen, steps, train_batches, uniform_over
 from deepcluster.losses import pseudo_label
 from deepcluster.recipe import Recipe, Targets
 
@@ -212,3 +212,18 @@ def test_shards_of_training_batches_are_the_parts_of_the_whole(world, monkeypatc
         for v in range(2):
             together = torch.cat([r[step].views[v] for r in ranks])
             torch.testing.assert_close(together, batch.views[v], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1e-4, 0.0), (1000.0, 0.0), (1.0, 50.0)])
+def test_noise_of_vectors_is_in_units_of_their_own_deviation(scale, shift):
+    """What a view does to features must not depend on their units."""
+    x = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
+    x[:, 4] = 0  # a dead feature
+    views = []
+    for data in (x, x * scale + shift):
+        store = store_of(data)
+        seed = torch.Generator().manual_seed(1)
+        mean, std = store.statistics
+        views.append((seen(store, store.take(torch.arange(60)), "strong", seed, (0, 60)) - mean) / std)
+    torch.testing.assert_close(views[0][:, :4], views[1][:, :4], rtol=1e-3, atol=1e-3)
+    assert (views[0][:, :4] - (x[:, :4] - x[:, :4].mean(0)) / x[:, :4].std(0)).abs().mean() > 0.1

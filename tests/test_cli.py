@@ -584,6 +584,43 @@ def test_init_from_starts_with_the_backbone_of_a_run(folder, capsys, monkeypatch
     assert not (folder / "r").exists()
 
 
+def test_overwrite_does_not_remove_what_the_run_starts_from(folder, capsys):
+    fit("photos")
+    capsys.readouterr()
+    (folder / "link").symlink_to("run")
+    (folder / "run/w.pth").write_bytes(b"")
+    kept = {p: p.read_bytes() for p in (folder / "run").rglob("*") if p.is_file()}
+    for extra, said in (
+        (["photos", "--init-from", "link"], "--init-from link lies in run"),
+        (["photos", "--weights", "run/w.pth"], "--weights run/w.pth lies in run"),
+        (["run/features.npy"], "the source run/features.npy lies in run"),
+    ):
+        refused(capsys, ["fit", *QUICK, *extra, "--out", "run", "--overwrite"], said, "give another --out")
+    assert {p: p.read_bytes() for p in (folder / "run").rglob("*") if p.is_file()} == kept
+    fit("photos", "--init-from", "run", "--overwrite", out="other")
+    assert (folder / "other/model/config.json").exists()
+
+
+def test_predict_does_not_replace_its_source_or_its_run(folder, capsys):
+    fit("photos")
+    capsys.readouterr()
+    images = [p.read_bytes() for p in sorted((folder / "photos").rglob("*.png"))]
+    pq.write_table(pa.table({"image": images}), "src.parquet")
+    (folder / "link.parquet").symlink_to("src.parquet")
+    (folder / "folder.parquet").mkdir()
+    (folder / "file").write_text("")
+    kept = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    for out, said in (
+        ("src.parquet", "is the source"),
+        ("link.parquet", "is the source"),
+        ("run/assignments.parquet", "lies in the run run"),
+        ("folder.parquet", "is a folder"),
+        ("file/new.parquet", "file is a file"),
+    ):
+        refused(capsys, ["predict", "run", "src.parquet", "--out", out], said, "give --out")
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == kept
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 3, 5])
 def test_sigkill_of_a_real_process(tmp_path, monkeypatch, after):
@@ -619,4 +656,14 @@ def test_no_bar_reaches_a_pipe(folder):
     command = [sys.executable, "-m", "deepcluster", "fit", "photos", "--out", "run", *QUICK[:-1]]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    assert [line.split()[0] for line in done.stderr.splitlines()] == ["20", "plan:", "iic", "20"], done.stderr
+    lines = [line for line in done.stderr.splitlines() if "collapsed" not in line]  # one epoch may end so
+    assert [line.split()[0] for line in lines] == ["20", "plan:", "iic", "20"], done.stderr
+
+
+def test_a_collapse_is_said_in_plain_words(tmp_path, monkeypatch, capsys):
+    """Identical images can only be one cluster."""
+    monkeypatch.chdir(tmp_path)
+    np.save("same.npy", np.full((24, 8, 8), 90, np.uint8))
+    options = ["--out", "run", "--epochs", "2", "--n-clusters", "2", "--method", "iic", "--precision", "fp32"]
+    assert main(["fit", "same.npy", *options]) == 0
+    assert "warning: collapsed: all 24 images are in one cluster" in capsys.readouterr().err

@@ -67,6 +67,12 @@ def test_the_device_is_checked(monkeypatch):
             dist.setup(missing)
 
 
+@pytest.mark.parametrize("wrong", ["cpu:x", "cpu:"])
+def test_a_device_with_a_wrong_number(wrong):
+    with pytest.raises(ValueError, match=f"device '{wrong}' is no device; choose cpu, cpu:NUMBER or auto"):
+        dist.setup(wrong)
+
+
 # --- two processes ---
 
 

@@ -5,7 +5,7 @@ import pytest
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
-from deepcluster import DeepCluster, fit, load
+from deepcluster import DeepCluster, evaluate, fit, load
 
 N = 24
 QUICK = {"n_clusters": 3, "method": "iic", "epochs": 1, "batch_size": 8, "precision": "fp32"}
@@ -117,3 +117,25 @@ def test_features_of_another_width():
 def test_y_is_ignored():
     x = SHAPES["(N, H, W)"]
     assert np.array_equal(DeepCluster(**QUICK).fit(x, np.arange(N)).labels_, DeepCluster(**QUICK).fit(x).labels_)
+
+
+def test_a_run_is_kept_when_no_labelled_image_can_be_read(tmp_path, caplog):
+    x = SHAPES["(N, D)"].copy()
+    x[3, 1] = np.nan
+    np.savez(tmp_path / "x.npz", images=x, labels=np.where(np.arange(N) == 3, 5, -1))
+    model = DeepCluster(**QUICK, out=tmp_path / "run")._fit(str(tmp_path / "x.npz"), labels="auto")
+    assert model.scores_ is None
+    assert "no image that has a label can be read" in caplog.text
+    assert np.array_equal(load(tmp_path / "run").labels_, model.labels_)
+
+
+def test_results_are_written_before_they_are_scored(tmp_path, monkeypatch):
+    def broken(*_):
+        raise ValueError("no score")
+
+    np.savez(tmp_path / "x.npz", images=SHAPES["(N, D)"], labels=np.arange(N) % 3)
+    monkeypatch.setattr(evaluate, "scores", broken)
+    monkeypatch.setattr("deepcluster.log.Metrics.__call__", lambda *_: None)
+    with pytest.raises(ValueError, match="no score"):
+        DeepCluster(**QUICK, out=tmp_path / "run")._fit(str(tmp_path / "x.npz"), labels="auto")
+    assert len(load(tmp_path / "run").labels_) == N

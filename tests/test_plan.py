@@ -97,3 +97,16 @@ def test_training_starts_from_the_weights(tmp_path):
     made = resolve(Settings(weights=str(tmp_path / "w.pth")), 40, (1, 8, 8), CPU)
     start, _ = plan.starting_point(made)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), start.parameters(), strict=True))
+
+
+def test_n_clusters_cannot_be_set_behind_the_back_of_the_plan():
+    for key in ("n_clusters", "iic.n_clusters"):
+        with pytest.raises(ValueError, match="use --n-clusters 5"):
+            resolve(Settings(method="iic", params={key: 5}), 100, (1, 16, 16), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["torchvision:vit_b_16", "torchvision:googlenet"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_backbone_that_cannot_run_is_refused_before_anything_is_written(name):
+    with pytest.raises(ValueError, match=rf"the backbone {name} does not work on 3x40x40 images: .*--image-size"):
+        resolve(Settings(backbone=name, method="sela"), 100, (3, 40, 40), torch.device("cpu"))

@@ -397,6 +397,30 @@ def values_until_bad(source):
     return found
 
 
+@pytest.mark.parametrize("as_row", [lambda p: p, lambda p: {"bytes": None, "path": p}, lambda p: {"path": p}])
+def test_parquet_of_paths_is_signed_with_the_files_it_names(tmp_path, as_row):
+    save(tmp_path / "x.png", 7)
+    parquet(tmp_path / "p.parquet", [as_row(name) for name in ("x.png", "y.png", "~nobody-here/z.png", "a\0b")])
+
+    def signature():
+        return open_source(tmp_path / "p.parquet").signature
+
+    before = signature()
+    assert signature() == before
+    save(tmp_path / "y.png", 8)
+    there = signature()
+    assert there != before, "a new image was not noticed"
+    save(tmp_path / "x.png", 9)
+    assert signature() != there, "a changed image was not noticed"
+
+
+def test_parquet_of_bytes_does_not_look_at_the_files_it_names(tmp_path):
+    parquet(tmp_path / "b.parquet", [{"bytes": picture(i), "path": "x.png"} for i in range(3)])
+    before = open_source(tmp_path / "b.parquet").signature
+    save(tmp_path / "x.png", 7)
+    assert open_source(tmp_path / "b.parquet").signature == before
+
+
 def test_parquet_folder_and_glob_with_a_damaged_shard(tmp_path):
     for k in range(3):
         parquet(tmp_path / f"s-{k}.parquet", [picture(10 * k + i) for i in range(3)])
@@ -582,3 +606,9 @@ def test_empty_and_imageless_folders(tmp_path):
         open_source(tmp_path)
     with pytest.raises(ValueError, match=r"has no images.*found 1 \.mp4"):
         open_source(tmp_path / "c.mp4")
+
+
+@pytest.mark.parametrize("name", ["b{a}.npy", "{.npy", "{0}{{}}.npy"])
+def test_an_array_file_with_braces_in_its_name(tmp_path, name):
+    np.save(tmp_path / name, np.zeros((2, 8, 8), np.uint8))
+    assert open_source(tmp_path / name).names == [f"{tmp_path}/{name}#{i}" for i in range(2)]

@@ -16,6 +16,7 @@ import deepcluster.methods  # noqa: F401
 from deepcluster import checkpoint, dist
 from deepcluster.batches import train_batches
 from deepcluster.losses import pseudo_label
+from deepcluster.model import Standardised
 from deepcluster.recipe import METHODS, Clock, Every, Recipe, Targets, make_recipe, once
 from deepcluster.trainer import Training, fit, start
 
@@ -458,3 +459,19 @@ def test_momentum_chooses_the_optimizer():
     assert type(sgd) is torch.optim.SGD
     assert sgd.defaults["momentum"] == 0.8
     assert all(o.defaults["lr"] == 0.3 and o.defaults["weight_decay"] == 0.7 for o in (adam, sgd))
+
+
+def test_labelling_sees_the_heads_in_eval_mode_and_leaves_their_statistics():
+    modes = []
+
+    def spy(features, heads, previous, seed):
+        modes.append((heads[0].training, heads[0].norm.num_batches_tracked.item()))
+        heads[0](features)
+        modes.append(heads[0].norm.num_batches_tracked.item())
+        return replace(previous, labels=torch.zeros(1, 96, dtype=torch.int32))
+
+    recipe = Recipe((3,), pseudo_label, assigner=spy, refresh=Every(1), head=Standardised)
+    fit(make_model(recipe), tiny_store(), recipe, TRAINING)
+    (training, before), after = modes[:2]
+    assert not training
+    assert before == after

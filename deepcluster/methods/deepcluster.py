@@ -1,7 +1,7 @@
 """DeepCluster (Caron et al., ECCV 2018, arXiv:1807.05520): k-means labels, then learn them.
 
-Deviations: a second, overclustering head is trained beside the reported one; k-means starts from the last clusters
-and they are renamed to overlap the old ones most, so that heads are kept (``heads="reset"`` is the paper's
+Deviations: a second, overclustering head is trained beside the reported one; new clusters
+are renamed to overlap the old ones most, so that heads are kept (``heads="reset"`` is the paper's
 way: relearning them every epoch costs ACC); sampling is uniform over pseudo-classes as the paper says, not as its
 code does.
 """
@@ -17,7 +17,7 @@ POLICIES = {"match": keep_heads, "keep": keep_heads, "reset": reset_heads, "cent
 def deepcluster(
     n_clusters: int = 10,
     overcluster: int = 10,
-    pca_dim: int = 256,
+    pca_dim: int = 64,
     every: int = 1,
     heads: str = "match",
     view: str = "strong",
@@ -25,7 +25,7 @@ def deepcluster(
     """``heads``: match (renamed to overlap), reset (the paper), keep (ids from the warm start) or centroids."""
     if heads not in POLICIES:
         raise ValueError(f"deepcluster: unknown heads {heads!r}; {hint(heads, POLICIES)}")
-    kmeans = KMeans(pca_dim, warm=heads in ("match", "keep"))
+    kmeans = KMeans(pca_dim, warm=heads == "keep")
     return Recipe(
         heads=(n_clusters, n_clusters * overcluster) if overcluster > 1 else (n_clusters,),
         assigner=Aligned(kmeans) if heads == "match" else kmeans,

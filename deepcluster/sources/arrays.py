@@ -27,7 +27,8 @@ def array_file_source(location: str, path: str, suffix: str) -> Source:
                 labels = next((table[key] for key in ("labels", "y", "y_train") if key in table), None)
     except Exception as error:  # numpy, zipfile and zlib each have their own way to say damaged
         raise ValueError(f"{shown(location)} is no readable {suffix} of numbers: {line(error)}") from None
-    return array_source(location, images, shown(path) + "#{}", labels, stamp(path))
+    name = shown(path).replace("{", "{{").replace("}", "}}") + "#{}"
+    return array_source(location, images, name, labels, stamp(path))
 
 
 def array_source(location: str, x: np.ndarray, name: str, labels: Any = None, stamp: bytes = b"") -> Source:

@@ -20,13 +20,15 @@ from deepcluster.sources.base import IMAGES, Classes, Item, Skipped, Source, lab
 BATCH = 256  # rows of Parquet read at a time: row groups may be as long as their file
 
 
-def _shards(location: str, paths: list[str], skipped: Skipped, root: str, kind: str, add: Callable[[str], None]) -> str:
-    """``add`` each shard; damaged ones are listed unless all are. Returns the signature."""
+def _shards(
+    location: str, paths: list[str], skipped: Skipped, root: str, kind: str, add: Callable[[str], bytes]
+) -> str:
+    """``add`` each shard; damaged ones are listed unless all are. Returns the signature, with what ``add`` returns."""
     digest, good = hashlib.sha1(kind.encode()), 0
     for path in paths:
         try:
-            add(path)
-            digest.update(stamp(path, root))
+            named = add(path)
+            digest.update(stamp(path, root) + named)
             good += 1
         except (OSError, ValueError, tarfile.TarError) as error:  # pyarrow's ArrowInvalid is a ValueError
             skipped.append((shown(path), f"no readable {kind}: {line(error)}"))
@@ -44,7 +46,7 @@ def parquet_source(location: str, paths: list[str], skipped: Skipped, root: str)
     groups: list[tuple[str, int, str]] = []  # file, row group, name of the column
     starts: list[int] = []
 
-    def add(path: str) -> None:
+    def add(path: str) -> bytes:
         with pq.ParquetFile(path) as file:
             schema, metadata = file.schema_arrow, file.metadata
             column = next((name for name in ("image", "img") if name in schema.names), "")
@@ -53,6 +55,7 @@ def parquet_source(location: str, paths: list[str], skipped: Skipped, root: str)
             ):
                 raise ValueError(f"no column 'image' of bytes or paths; its columns are {', '.join(schema.names)}")
             values = file.read(columns=["label"]).column(0).to_pylist() if "label" in schema.names else None
+            named = _named(file, column, path, root)
         try:
             known = json.loads(schema.metadata[b"huggingface"])["info"]["features"]["label"]["names"]
         except (TypeError, KeyError, ValueError):
@@ -66,12 +69,43 @@ def parquet_source(location: str, paths: list[str], skipped: Skipped, root: str)
             row += metadata.row_group(group).num_rows
         names.extend(f"{shown(path)}#{i}" for i in range(metadata.num_rows))
         classes.extend([None] * metadata.num_rows if values is None else (label(value) for value in values))
+        return named
 
     signature = _shards(location, paths, skipped, root, "parquet", add)
     if not names:
         raise ValueError(f"{shown(location)} has no rows")
     rows = _Rows(groups, starts)
     return Source(location, names, rows.read, signature, skipped, classes if any(classes) else None)
+
+
+def _named(file: Any, column: str, shard: str, root: str) -> bytes:
+    """The stamps of the image files that rows name; nothing for row groups where every row holds its bytes."""
+    kind = str(file.schema_arrow.field(column).type)
+    leaf = column if re.match(r"(large_)?string", kind) else f"{column}.path" if re.search(r"\bpath: ", kind) else ""
+    digest, metadata = hashlib.sha1(), file.metadata
+    named = False
+    for group in range(metadata.num_row_groups if leaf else 0):
+        chunks = [metadata.row_group(group).column(i) for i in range(metadata.num_columns)]
+        counts = [chunk.statistics for chunk in chunks if chunk.path_in_schema == f"{column}.bytes"]
+        if counts and counts[0] is not None and counts[0].has_null_count and counts[0].null_count == 0:
+            continue
+        for batch in file.iter_batches(BATCH, row_groups=[group], columns=[leaf], use_threads=False):
+            for value in batch.column(0).to_pylist():
+                path = value.get("path") if isinstance(value, dict) else value
+                if path:
+                    named = True
+                    try:
+                        digest.update(stamp(str(_place(path, shard)), root))
+                    except (BadImage, OSError, ValueError, RuntimeError):  # found again, and told, when it is read
+                        digest.update(b"none\n")
+    return digest.digest() if named else b""
+
+
+def _place(value: str, shard: str) -> Path:
+    """The file that a row names: from here, else from beside its shard."""
+    here = Path(value).expanduser()
+    beside = Path(shard).parent / here
+    return here if here.exists() or not beside.exists() else beside
 
 
 class _Rows:
@@ -96,9 +130,7 @@ class _Rows:
             raise BadImage("no image: empty row")
         if isinstance(value, bytes):
             return value
-        here = Path(value).expanduser()
-        beside = Path(self.groups[bisect_right(self.starts, i) - 1][0]).parent / here
-        return here if here.exists() or not beside.exists() else beside
+        return _place(value, self.groups[bisect_right(self.starts, i) - 1][0])
 
     def _forward(self, i: int) -> tuple[int, Any]:
         group = bisect_right(self.starts, i) - 1
@@ -129,7 +161,7 @@ def tars_source(location: str, paths: list[str], skipped: Skipped, root: str) ->
     keys: list[tuple[str, str]] = []
     labels: dict[tuple[str, str], str | None] = {}
 
-    def add(path: str) -> None:
+    def add(path: str) -> bytes:
         count = len(members)
         end = os.path.getsize(path)
         try:
@@ -159,6 +191,7 @@ def tars_source(location: str, paths: list[str], skipped: Skipped, root: str) ->
             if len(members) == count:
                 raise
             skipped.append((shown(path), f"damaged after {len(members) - count} images: {line(error)}"))
+        return b""
 
     signature = _shards(location, paths, skipped, root, "tar", add)
     if not members:
