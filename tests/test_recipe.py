@@ -97,7 +97,7 @@ def test_overclustering_can_be_left_out(name):
 @pytest.mark.parametrize(
     ("heads", "assigner", "warm", "policy"),
     [
-        ("match", Aligned, True, keep_heads),
+        ("match", Aligned, False, keep_heads),
         ("keep", KMeans, True, keep_heads),
         ("reset", KMeans, False, reset_heads),
         ("centroids", KMeans, False, centroid_heads),
