@@ -35,8 +35,7 @@ def _fit(args: argparse.Namespace) -> None:
 
     given = options.given(args)
     if args.resume:
-        if given.pop("device", None) and not args.device:
-            given["device"] = None
+        given.pop("device", None)  # the one setting that may change
         extra = [name for name in ("source", "out", "overwrite", "config", "dry_run") if getattr(args, name)]
         extra += [name for name, value in given.items() if value not in ({}, None)]
         if extra:

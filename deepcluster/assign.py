@@ -90,7 +90,7 @@ class Balanced:
     ``strength`` is the paper's lambda (25 for ImageNet, 10 for CIFAR). Deviation: 0 finds it, doubling from
     1 / the spread of the logits until the plan is decided (mean row entropy < 10 % of ln K), because on the flat
     logits of a young network the paper's value balances the plan but not the labels. Heads without labels start from
-    k-means on the features, each with its own seed, instead of a random permutation.
+    the best of ``restarts`` k-means on the features, each with its own seeds, instead of a random permutation.
     """
 
     strength: float = 0.0

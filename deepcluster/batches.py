@@ -4,7 +4,7 @@ Everything is a function of (seed, epoch) and the targets, for the global batch;
 So the shuffle, the draws and the labels are the same for any number of ranks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -104,6 +104,3 @@ def uniform_over(labels: Tensor, n: int, rng: torch.Generator) -> Tensor:
     within = torch.arange(n) - (draws.cumsum(0) - draws).repeat_interleave(draws)
     ids = by_class[starts.repeat_interleave(draws) + within % counts.repeat_interleave(draws)]
     return ids[torch.randperm(n, generator=rng)]
-
-
-__all__: Sequence[str] = ["Batch", "eval_batches", "steps", "train_batches", "uniform_over"]
