@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,9 @@ class State:
     """Everything that changes while training. Nothing else is needed to resume, not even a random state.
 
     Attributes:
-        model, optimizer: of the current stage.
-        objective: the recipe's, if it is a module with state of its own (a queue, a teacher), else an empty module.
+        model: backbone and heads of the current stage.
+        network: the recipe's, around the model: with a teacher, a queue, ...; or the model itself.
+        optimizer: of what the network trains.
         targets: labels and partners of the last refresh.
         predicted: (H, N) int32, what each head said of each image when it was last trained on; -1 never.
         head_losses: (H,) mean loss of each head over the last epoch.
@@ -27,21 +29,20 @@ class State:
     """
 
     model: nn.Module
+    network: nn.Module
     optimizer: torch.optim.Optimizer
-    objective: nn.Module
     targets: Targets
     predicted: Tensor
     head_losses: Tensor
     stage: int = 0
     epoch: int = 0
 
-    def reported(self, widths: tuple[int, ...]) -> int:
-        """The head to report: of those as wide as the first, the one with the lowest loss. No label is asked."""
-        rivals = [h for h, k in enumerate(widths) if k == widths[0]]
+    def reported(self, rivals: Sequence[int]) -> int:
+        """The head to report: of ``recipe.rivals``, the one with the lowest loss. No label is asked."""
         return min(rivals, key=lambda h: float(self.head_losses[h]))
 
 
-_MODULES = ("model", "optimizer", "objective")
+_MODULES = ("network", "optimizer")
 _KEYS = {*_MODULES, "labels", "partners", "predicted", "head_losses", "stage", "epoch"}
 
 

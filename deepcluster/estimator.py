@@ -54,6 +54,7 @@ class DeepCluster(ClusterMixin, TransformerMixin, BaseEstimator):
         n_clusters: int = 10,
         *,
         method: str = AUTO,
+        preset: str = "default",
         overcluster: int | str = AUTO,
         backbone: str = AUTO,
         weights: str | None = None,
@@ -72,6 +73,7 @@ class DeepCluster(ClusterMixin, TransformerMixin, BaseEstimator):
     ):
         self.n_clusters = n_clusters
         self.method = method
+        self.preset = preset
         self.overcluster = overcluster
         self.backbone = backbone
         self.weights = weights
@@ -187,8 +189,9 @@ class DeepCluster(ClusterMixin, TransformerMixin, BaseEstimator):
             hooks.append(writer)
         model, recipe, state = planning.run(plan, store, out / "checkpoints" if out else None, hooks, saved, self.quiet)
         self.seconds_ = time.perf_counter() - began
-        spec = Spec(plan.backbone, plan.shape, recipe.head.__name__, plan.n_clusters, _version())
-        classifier, found = Classifier.of(model, state.reported(recipe.heads), spec, store)
+        head = state.reported(recipe.rivals)
+        spec = Spec(plan.backbone, plan.shape, type(model.heads[head]).__name__, plan.n_clusters, _version())
+        classifier, found = Classifier.of(model, head, spec, store)
         self._keep(classifier, found["cluster"], store.names, store.skipped, plan)
         if out and dist.is_main():
             outputs.write_results(out, classifier, found, store.names, store.sha1)

@@ -66,7 +66,7 @@ def row(report: Report) -> dict[str, Any]:
         "images_per_second": round(seen / report.seconds, 1) if report.seconds else None,
     }
     if not recipe.pretext:
-        head = state.reported(recipe.heads)
+        head = state.reported(recipe.rivals)
         now, before = state.predicted[head].cpu().numpy(), report.before[head].cpu().numpy()
         both = (now >= 0) & (before >= 0)
         health: dict[str, Any] = metrics.health(now[now >= 0], recipe.heads[head])
@@ -107,7 +107,7 @@ class Metrics:
             return
         one = row(report)
         if self.true is not None and not report.recipe.pretext:
-            predicted = report.state.predicted[report.state.reported(report.recipe.heads)].cpu().numpy()
+            predicted = report.state.predicted[report.state.reported(report.recipe.rivals)].cpu().numpy()
             known = (self.true >= 0) & (predicted >= 0)
             if known.any():
                 k = report.recipe.heads[0]

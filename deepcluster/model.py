@@ -26,11 +26,18 @@ class Head(Protocol):
 class Model(nn.Module):
     """Views -> logits of every head; ``embed`` stops at the features."""
 
-    def __init__(self, backbone: nn.Module, dim: int, heads: Sequence[int], make_head: Callable[[int, int], Head]):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        dim: int,
+        heads: Sequence[int],
+        make_head: Callable[[int, int], Head] | tuple[Callable[[int, int], Head], ...],
+    ):
         super().__init__()
         self.backbone = backbone
         self.dim = dim
-        self.heads = nn.ModuleList(cast(nn.Module, make_head(dim, k)) for k in heads)
+        makers = make_head if isinstance(make_head, tuple) else (make_head,) * len(heads)
+        self.heads = nn.ModuleList(cast(nn.Module, make(dim, k)) for make, k in zip(makers, heads, strict=True))
 
     def head_list(self) -> list[Head]:
         """The heads, typed."""
@@ -41,7 +48,15 @@ class Model(nn.Module):
         return self.backbone(images)
 
     def forward(self, views: Sequence[Tensor]) -> list[Tensor]:
-        """V tensors (B, C, H, W) -> H tensors (V, B, K) of logits. Views of one size go through together."""
+        """V tensors (B, C, H, W) -> H tensors (V, B, K) of logits."""
+        return self.classify(self.features(views))
+
+    def classify(self, features: Tensor) -> list[Tensor]:
+        """(V, B, D) features -> H tensors (V, B, K) of logits."""
+        return [head(features) for head in self.heads]
+
+    def features(self, views: Sequence[Tensor]) -> Tensor:
+        """V tensors (B, C, H, W) -> (V, B, D). Views of one size go through together."""
         sizes = [v.shape[1:] for v in views]
         alike = [[i for i, s in enumerate(sizes) if s == size] for size in dict.fromkeys(sizes)]
         features: list[Tensor] = [views[0]] * len(views)
@@ -49,8 +64,7 @@ class Model(nn.Module):
             parts = self.embed(torch.cat([views[i] for i in group])).chunk(len(group))
             for i, part in zip(group, parts, strict=True):
                 features[i] = part
-        stacked = torch.stack(features)
-        return [head(stacked) for head in self.heads]
+        return torch.stack(features)
 
 
 class Standardised(nn.Linear):

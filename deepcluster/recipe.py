@@ -9,12 +9,13 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from deepcluster.model import Head
+from deepcluster.model import Head, Model
 from deepcluster.views import VIEWS
 
 
@@ -93,10 +94,10 @@ class Assigner(Protocol):
 
 
 class Objective(Protocol):
-    """Scores one head on one batch. One with state (a queue, a teacher) is an nn.Module and lives in State."""
+    """Scores one head on one batch. It remembers nothing: a queue or a teacher is in the recipe's network."""
 
     def __call__(self, logits: Tensor, labels: Tensor, clock: Clock) -> Tensor:
-        """logits: (V, B, K) of one head; labels: (B,) int64, -1 unlabelled -> scalar loss."""
+        """logits: (V, B, K) of one head; labels: (B,) int, -1 unlabelled -> scalar loss."""
         ...
 
 
@@ -106,6 +107,11 @@ class HeadPolicy(Protocol):
     def __call__(
         self, heads: Sequence[Head], optimizer: torch.optim.Optimizer, features: Tensor, targets: Targets
     ) -> None: ...
+
+
+def plain(model: Model) -> nn.Module:
+    """The network of methods whose batch goes through the model and nothing else."""
+    return model
 
 
 def keep_targets(features: Tensor, heads: Sequence[Head], previous: Targets, seed: int) -> Targets:
@@ -134,31 +140,66 @@ class Recipe:
     Attributes:
         heads: clusters per head. Heads as wide as heads[0] compete to be reported: the one with the
             lowest loss is. Wider heads overcluster.
-        objective: loss of one head on one batch.
+        objective: loss of one head on one batch; a tuple has one for each head.
         views: augmentation of each view, names in ``views.VIEWS``; view 0 is the image, others its partner.
         assigner: how targets are made, whenever ``refresh`` is due.
         refresh: how often.
         label_views: views whose mean feature the assigner sees.
         reassign: what happens to the heads after a refresh.
         balanced: draw images uniformly over the pseudo-classes of the last head.
-        head: builds one head from (feature dim, clusters).
+        head: builds one head from (feature dim, clusters); a tuple has one for each head.
+        network: what stands around the model while it trains and lives in State: a teacher, a queue, an adversary.
+            Called with the views, it returns H tensors (V', B, K): the views' logits first, then its own.
         pretext: learns features only, its heads are no clusters; another recipe has to follow.
+        continues: every head starts as a copy of the one the stage before reported, which so has to be there.
+        supervised: share of each batch drawn from images the user labelled; other recipes never see these labels.
+        least_batch: the smallest global batch that the loss means something for.
         passes: how long ``epochs auto`` trains, relative to other methods.
     """
 
     heads: tuple[int, ...]
-    objective: Objective
+    objective: Objective | tuple[Objective, ...]
     views: tuple[str, ...] = ("strong",)
     assigner: Assigner = keep_targets
     refresh: Every | Never | Spread = field(default_factory=Never)
     label_views: tuple[str, ...] = ("clean",)
     reassign: HeadPolicy = keep_heads
     balanced: bool = False
-    head: Callable[[int, int], Head] = nn.Linear
+    head: Callable[[int, int], Head] | tuple[Callable[[int, int], Head], ...] = nn.Linear
+    network: Callable[[Model], nn.Module] = plain
     pretext: bool = False
+    continues: bool = False
+    supervised: float = 0.0
+    least_batch: int = 2
     passes: float = 1.0
 
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """The loss of each head."""
+        return self.objective if isinstance(self.objective, tuple) else (self.objective,) * len(self.heads)
+
+    def losses(self, logits: Sequence[Tensor], labels: Tensor, clock: Clock) -> Tensor:
+        """(H,) the loss of each head: H tensors (V, B, K), (H, B) labels."""
+        terms = zip(self.objectives, logits, labels, strict=True)
+        return torch.stack([objective(z, y, clock) for objective, z, y in terms])
+
+    @property
+    def head_kinds(self) -> tuple[Callable[[int, int], Head], ...]:
+        """What builds each head."""
+        return self.head if isinstance(self.head, tuple) else (self.head,) * len(self.heads)
+
+    @property
+    def rivals(self) -> list[int]:
+        """The heads that compete to be reported: made, as wide and trained as the first."""
+        first = (self.heads[0], self.head_kinds[0], self.objectives[0])
+        return [
+            h for h, own in enumerate(zip(self.heads, self.head_kinds, self.objectives, strict=True)) if own == first
+        ]
+
     def __post_init__(self) -> None:
+        for name in ("objective", "head"):
+            if isinstance(given := getattr(self, name), tuple) and len(given) != len(self.heads):
+                raise ValueError(f"{len(self.heads)} heads need as many entries of {name}; got {len(given)}")
         for view in (*self.views, *self.label_views):
             if view not in VIEWS:
                 raise ValueError(f"unknown view {view!r}; {hint(view, VIEWS)}")
@@ -167,13 +208,24 @@ class Recipe:
 
 
 METHODS: dict[str, Callable[..., Recipe]] = {}
+PAPER: dict[str, dict[str, Any]] = {}  # of each method: what ``--preset paper`` changes
+OPTIMISER = ("lr", "momentum", "weight_decay", "batch_size")  # what a paper may fix besides a method's own parameters
 
 
-def method(fn: Callable[..., Recipe]) -> Callable[..., Recipe]:
-    """Register ``fn`` under its own name. Its keyword arguments are its configuration."""
-    if fn.__name__ in METHODS:
-        raise ValueError(f"method {fn.__name__!r} is already registered by {METHODS[fn.__name__].__module__}")
-    METHODS[fn.__name__] = fn
+def method(fn: Callable[..., Recipe] | None = None, /, **paper: Any) -> Any:
+    """Register ``fn`` under its own name: ``@method``, or ``@method(lr=0.05, heads="reset")``.
+
+    The function's keyword arguments are its configuration. ``paper`` is what ``--preset paper`` sets instead of the
+    defaults: some of these, and some of ``OPTIMISER`` (a momentum means SGD).
+    """
+    if fn is None:
+        return partial(method, **paper)
+    name, known = fn.__name__, {*inspect.signature(fn).parameters, *OPTIMISER}
+    if name in METHODS:
+        raise ValueError(f"method {name!r} is already registered by {METHODS[name].__module__}")
+    if wrong := sorted(set(paper) - known):
+        raise ValueError(f"{name} has no parameter {wrong[0]!r} for its paper's preset; {hint(wrong[0], known)}")
+    METHODS[name], PAPER[name] = fn, paper
     return fn
 
 

@@ -14,6 +14,7 @@ class Settings:
     Attributes:
         method: a name, or a plan such as "simclr+sela".
         n_clusters: clusters to report.
+        preset: default, or paper: every method as its paper has it; epochs stay as they are asked for.
         overcluster: how many times more clusters the extra heads get; auto: the method's own.
         backbone: a name in backbones.BACKBONES, torchvision:NAME or timm:NAME.
         weights: local file to start the backbone from.
@@ -30,6 +31,7 @@ class Settings:
 
     method: str = AUTO
     n_clusters: int = 10
+    preset: str = "default"
     overcluster: int | str = AUTO
     backbone: str = AUTO
     weights: str | None = None
@@ -57,6 +59,8 @@ class Settings:
             raise ValueError(f"seed must be a whole number of at least 0; got {self.seed!r}")
         if self.precision not in (AUTO, "fp32", "bf16"):
             raise ValueError(f"precision must be auto, fp32 or bf16; got {self.precision!r}")
+        if self.preset not in ("default", "paper"):
+            raise ValueError(f"preset must be default or paper; got {self.preset!r}")
         for name in ("method", "backbone", "device"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a name; got {getattr(self, name)!r}")

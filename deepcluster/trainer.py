@@ -58,9 +58,10 @@ class Training:
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """AdamW, or SGD if there is a momentum."""
+        trained = [p for p in model.parameters() if p.requires_grad]
         if self.momentum is None:
-            return torch.optim.AdamW(model.parameters(), self.lr, weight_decay=self.weight_decay, fused=True)
-        return torch.optim.SGD(model.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay)
+            return torch.optim.AdamW(trained, self.lr, weight_decay=self.weight_decay, fused=True)
+        return torch.optim.SGD(trained, self.lr, self.momentum, weight_decay=self.weight_decay)
 
     def lr_at(self, clock: Clock) -> float:
         """Learning rate at this moment."""
@@ -91,13 +92,21 @@ Hook = Callable[[Report], None]
 Progress = Callable[[Iterable[Batch]], Iterable[Batch]]
 
 
-def start(model: Model, store: Store, recipe: Recipe, training: Training) -> State:
-    """The state of a stage before its first epoch."""
+def start(model: Model, store: Store, recipe: Recipe, training: Training, known: Tensor | None = None) -> State:
+    """The state of a stage before its first epoch.
+
+    Raises:
+        ValueError: the recipe learns from given labels and ``known`` has none.
+    """
     n, heads = len(store), len(recipe.heads)
-    objective = recipe.objective if isinstance(recipe.objective, nn.Module) else nn.Module()
+    network = recipe.network(model).to(store.device)
     unseen = torch.full((heads, n), -1, dtype=torch.int32, device=store.device)
-    unlabelled = Targets.unlabelled(heads, n)
-    return State(model, training.optimizer(model), objective, unlabelled, unseen, torch.zeros(heads), training.stage)
+    targets = Targets.unlabelled(heads, n)
+    if recipe.supervised:
+        if known is None or bool((known < 0).all()):
+            raise ValueError("this method learns from some known labels; give --labels FILE.csv --use-labels")
+        targets.labels[:] = known
+    return State(model, network, training.optimizer(network), targets, unseen, torch.zeros(heads), training.stage)
 
 
 def finish_epoch(state: State, seen: Tensor, losses: Tensor, lr: float) -> float:
@@ -108,12 +117,12 @@ def finish_epoch(state: State, seen: Tensor, losses: Tensor, lr: float) -> float
     """
     seen = dist.all_max(seen)
     state.predicted = torch.where(seen >= 0, seen, state.predicted)
-    for buffer in state.model.buffers():
+    for buffer in state.network.buffers():
         dist.from_main(buffer)
     state.head_losses = (dist.all_sum(losses) / dist.world()).cpu()
     state.epoch += 1
     loss = state.head_losses.mean().item()
-    largest = torch.stack([p.detach().abs().max() for p in state.model.parameters()]).max().item()
+    largest = torch.stack([p.detach().abs().max() for p in state.network.parameters()]).max().item()
     if not math.isfinite(loss + largest):
         what = "a weight became infinite" if math.isfinite(loss) else f"the loss became {loss}"
         raise FloatingPointError(f"{what} in epoch {state.epoch}; lower --lr (now {lr:g}) or set --precision fp32")
@@ -128,12 +137,16 @@ def fit(
     hooks: Sequence[Hook] = (),
     progress: Progress = iter,
     resume: dict | None = None,
+    known: Tensor | None = None,
 ) -> State:
-    """Train ``model`` by ``recipe``; returns the final state. ``resume``: what ``checkpoint.read`` returned."""
-    state = start(model, store, recipe, training)
+    """Train ``model`` by ``recipe``; returns the final state. ``resume``: what ``checkpoint.read`` returned.
+
+    ``known``: (N,) labels the user gave, -1 none; only a ``supervised`` recipe sees them.
+    """
+    state = start(model, store, recipe, training, known)
     if resume:
         checkpoint.restore(resume, state)
-    parallel = DistributedDataParallel(model) if dist.world() > 1 else model
+    parallel = DistributedDataParallel(state.network) if dist.world() > 1 else state.network
     n_steps = steps(len(store), training.batch_size)
 
     for epoch in range(state.epoch, training.epochs):
@@ -150,7 +163,7 @@ def fit(
                 state.targets = recipe.assigner(features, model.head_list(), state.targets, seed)
             recipe.reassign(model.head_list(), state.optimizer, features, state.targets)
 
-        model.train()
+        state.network.train()
         labels, losses = state.targets.labels.to(store.device), torch.zeros(len(recipe.heads), device=store.device)
         seen = torch.full_like(state.predicted, -1)
         batches = train_batches(store, state.targets, recipe, training.batch_size, seed)
@@ -161,7 +174,7 @@ def fit(
             with torch.autocast(store.device.type, torch.bfloat16, enabled=training.bf16):
                 logits = parallel(batch.views)
             ids = batch.ids.to(store.device)
-            each = torch.stack([recipe.objective(z, y[ids], clock) for z, y in zip(logits, labels, strict=True)])
+            each = recipe.losses(logits, labels[:, ids], clock)
 
             state.optimizer.zero_grad(set_to_none=True)
             each.mean().backward()

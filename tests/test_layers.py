@@ -16,6 +16,7 @@ LAYERS = [
     {"features", "checkpoint", "evaluate", "classifier"},
     {"trainer"},
     {"log"},
+    {"stages"},
     {"plan"},
     {"outputs", "dryrun", "options"},
     {"report"},

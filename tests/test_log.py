@@ -33,7 +33,7 @@ def test_a_row(reports):
 
 def test_scores_are_of_the_images_that_have_a_class(tmp_path, reports):
     report = reports[0]
-    head = report.state.reported(report.recipe.heads)
+    head = report.state.reported(report.recipe.rivals)
     true = report.state.predicted[head].numpy().astype(np.int64).copy()
     true[:10] = -1
     Metrics(tmp_path / "m.jsonl", true)(report)

@@ -16,7 +16,7 @@ import deepcluster.methods  # noqa: F401
 from deepcluster import checkpoint, dist
 from deepcluster.batches import train_batches
 from deepcluster.losses import pseudo_label
-from deepcluster.model import Standardised
+from deepcluster.model import Projector, Standardised
 from deepcluster.recipe import METHODS, Clock, Every, Recipe, Targets, make_recipe, once
 from deepcluster.trainer import Training, fit, start
 
@@ -312,7 +312,7 @@ def test_a_loss_that_is_not_finite_stops_training_before_it_is_saved(tmp_path):
     assert seen == [0]
     saved = checkpoint.read(tmp_path / "last.pt")
     assert saved["epoch"] == 1
-    assert all(v.isfinite().all() for v in saved["model"].values())
+    assert all(v.isfinite().all() for v in saved["network"].values())
 
 
 def test_a_loss_that_is_not_finite_in_the_first_epoch_leaves_no_file(tmp_path):
@@ -380,29 +380,64 @@ def test_resuming_a_finished_run_trains_no_more(tmp_path):
     assert_same(done.model.state_dict(), again.model.state_dict())
 
 
-class Counting(nn.Module):
-    """An objective with state of its own."""
+class Teacher(nn.Module):
+    """A network around the model with a buffer and a parameter of its own, and one that is not trained."""
 
-    def __init__(self):
+    def __init__(self, model):
         super().__init__()
+        self.model = model
+        self.scale = nn.Parameter(torch.ones(()))
+        self.fixed = nn.Parameter(torch.ones(()), requires_grad=False)
         self.register_buffer("batches", torch.zeros(()))
 
-    def forward(self, logits, labels, clock):
-        self.batches += 1
-        return logits.square().mean() * self.batches
+    def forward(self, views):
+        self.batches += self.training
+        return [torch.cat([z, z * self.scale * self.fixed * self.batches]) for z in self.model(views)]
 
 
-def test_an_objective_with_state_is_resumed_too(tmp_path):
+def twice(logits, labels, clock):
+    assert len(logits) == 2
+    return (logits[0] - 1).square().mean() + logits[1].square().mean()
+
+
+def test_a_network_with_state_is_trained_and_resumed(tmp_path):
     store, training = tiny_store(), replace(TRAINING, epochs=3, lr=0.01)
-    straight = fit(make_model(Recipe((3,), Counting())), store, Recipe((3,), Counting()), training)
-    recipe = Recipe((3,), Counting())
+    recipe = Recipe((3,), twice, network=Teacher)
+    straight = fit(make_model(recipe), store, recipe, training)
     with pytest.raises(Crash):
         fit(make_model(recipe), store, recipe, replace(training, out=tmp_path), [crash_after(1)])
-    recipe = Recipe((3,), Counting())
-    resumed = fit(make_model(recipe), store, recipe, training, resume=checkpoint.read(tmp_path / "last.pt"))
-    assert recipe.objective.batches == 9
-    assert resumed.objective is recipe.objective
-    assert_same(straight.model.state_dict(), resumed.model.state_dict())
+    resumed = fit(make_model(recipe, 5), store, recipe, training, resume=checkpoint.read(tmp_path / "last.pt"))
+    assert resumed.network.batches == 9
+    assert resumed.network.model is resumed.model
+    assert resumed.network.scale != 1
+    assert resumed.network.fixed == 1
+    assert_same(straight.network.state_dict(), resumed.network.state_dict())
+
+
+def test_each_head_may_have_a_loss_and_a_kind_of_its_own():
+    seen = {}
+
+    def first(logits, labels, clock):
+        seen["first"] = logits.shape
+        return logits.square().mean()
+
+    def second(logits, labels, clock):
+        seen["second"] = logits.shape
+        return 10 + logits.square().mean()
+
+    recipe = Recipe((3, 3, 5), (first, second, first), head=(nn.Linear, nn.Linear, Projector), views=("clean",) * 2)
+    state = fit(make_model(recipe), tiny_store(), recipe, replace(TRAINING, epochs=1))
+    assert seen == {"first": (2, 32, 5), "second": (2, 32, 3)}
+    assert isinstance(state.model.heads[2], Projector)
+    assert state.head_losses[1] > 10 > state.head_losses[0]
+    assert recipe.rivals == [0]
+    assert Recipe((3, 3, 5), first).rivals == [0, 1]
+
+
+@pytest.mark.parametrize("wrong", [{"objective": (pseudo_label,)}, {"head": (nn.Linear,) * 3}])
+def test_as_many_losses_and_kinds_as_heads(wrong):
+    with pytest.raises(ValueError, match="2 heads need as many"):
+        Recipe(**{"heads": (3, 3), "objective": pseudo_label} | wrong)
 
 
 def test_the_start_knows_nothing_of_the_images():
