@@ -11,7 +11,7 @@ README = HERE / "README.md"
 
 EXTRAS = {
     "dev": ["pytest>=9,<10", "ruff>=0.17,<0.18", "mypy>=2.4,<3", "hypothesis>=6.100,<7"],
-    "bench": ["kornia>=0.7", "lightly>=1.5", "clustpy>=0.0.2", "umap-learn>=0.5.7", "matplotlib>=3.8"],
+    "bench": ["clustpy>=0.0.3; python_version>='3.11'", "umap-learn>=0.5.7"],
     "notebooks": ["nbformat>=5.9", "nbclient>=0.9", "ipykernel>=6.25", "matplotlib>=3.8"],
     "onnx": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.1"],
     "timm": ["timm>=1.0"],

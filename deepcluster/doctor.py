@@ -19,7 +19,7 @@ EXTRAS = {  # as in setup.py; a test compares them
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "timm": ("timm",),
     "notebooks": ("nbformat", "nbclient", "ipykernel", "matplotlib"),
-    "bench": ("kornia", "lightly", "clustpy", "umap-learn", "matplotlib"),
+    "bench": ("clustpy", "umap-learn"),
 }
 
 
