@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepcluster.draws import Draws
+
 Range = tuple[float, float]
 Step = Callable[[Tensor, slice], Tensor]  # images and which rows of the batch they are -> images
 
@@ -44,36 +46,6 @@ def _parts(images: Tensor) -> list[slice]:
     return [slice(i, i + max(1, step)) for i in range(0, len(images), max(1, step))]
 
 
-class _Draws:
-    """Random numbers for rows start..start+B of a global batch of ``total``, the same however the batch is split.
-
-    All ``total`` rows are drawn on the CPU, then ours are kept. ``rng`` gives one seed, at the first draw, so it
-    advances by the same amount whatever is drawn here, and not at all if nothing is.
-    """
-
-    def __init__(self, rng: torch.Generator, start: int, n: int, total: int) -> None:
-        self.rng, self.ours, self.n, self.total = rng, slice(start, start + n), n, total
-        self.own: torch.Generator | None = None
-
-    def table(self, fill: Callable[..., Tensor], *shape: int) -> Tensor:
-        """Numbers of this shape for all processes alike, by torch.rand or torch.randn."""
-        if self.own is None:
-            self.own = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=self.rng)))
-        return fill(*shape, generator=self.own)
-
-    def uniform(self, low: float, high: float) -> Tensor:
-        """(B,) float32 in [low, high]; drawn only if they differ."""
-        if low == high:
-            return torch.full((self.n,), float(low))
-        return self.table(torch.rand, self.total)[self.ours] * (high - low) + low
-
-    def chance(self, probability: float) -> Tensor:
-        """(B,) bool, true with this probability; drawn only if there is a doubt."""
-        if probability in (0, 1):
-            return torch.full((self.n,), bool(probability))
-        return self.table(torch.rand, self.total)[self.ours] < probability
-
-
 @dataclass(frozen=True)
 class View:
     """A random view of each image of a batch; the default is the image itself.
@@ -83,6 +55,7 @@ class View:
     """
 
     area: Range = (1, 1)  # share of the image that is cropped and shown at full size
+    cell: tuple[int, int] | None = None  # row and column in a grid of 3 x 3; `area` is then a share of this cell
     aspect: Range = (1, 1)  # width / height of the crop, 1 as the image's own; log-uniform, limited to what fits
     rotate: float = 0  # degrees, in [-rotate, rotate]
     zoom: Range = (1, 1)  # magnification about the centre
@@ -107,6 +80,8 @@ class View:
     def __post_init__(self) -> None:
         if self.size is not None and self.size <= 0:
             raise ValueError(f"size is a number of pixels, or a share of the side below 1; got {self.size}")
+        if self.cell and not {*self.cell} <= {0, 1, 2}:
+            raise ValueError(f"cell is (row, column), each 0, 1 or 2; got {self.cell}")
         for name in ("area", "aspect", "zoom", "blur_sigma"):
             low, high = getattr(self, name)
             top = 1 if name == "area" else math.inf
@@ -132,7 +107,7 @@ class View:
         start, total = rows or (0, n)
         if not 0 <= start <= start + n <= total:
             raise ValueError(f"rows {rows} do not hold a batch of {n}; they are (start, total), start + {n} <= total")
-        draws = _Draws(rng, start, n, total)
+        draws = Draws(rng, start, n, total)
         if images.ndim == 2:
             return self._vectors(images, draws)
         if images.ndim != 4 or not (images.dtype == torch.uint8 or images.is_floating_point()):
@@ -159,7 +134,7 @@ class View:
                 torch.clamp(x, 0, 1, out=out[part])
         return out
 
-    def _resampling(self, draws: _Draws, shape: tuple[int, int, int], sides: tuple[int, int]) -> Step | None:
+    def _resampling(self, draws: Draws, shape: tuple[int, int, int], sides: tuple[int, int]) -> Step | None:
         """(B, C, H, W) -> (B, C, h, w), all geometry at once. Shrinking is not low-pass filtered."""
         found, (h, w) = self._maps(draws, shape[0], shape[1] / shape[2]), sides
         if found is None and sides == shape[1:]:
@@ -174,13 +149,13 @@ class View:
 
         return resample
 
-    def _maps(self, draws: _Draws, channels: int, tall: float) -> Tensor | None:
+    def _maps(self, draws: Draws, channels: int, tall: float) -> Tensor | None:
         """(B, 2, 3) on the CPU: where in the input each output point comes from, both in [-1, 1]; None for no change.
 
         The image is sheared, rotated, zoomed and shifted, then cropped, then mirrored; ``tall`` is height / width.
         """
         flip = self.flip_grey if channels == 1 else self.flip
-        moves = self.rotate or self.shift or self.shear or flip
+        moves = self.cell or self.rotate or self.shift or self.shear or flip
         if not moves and {*self.area, *self.aspect, *self.zoom} == {1}:
             return None
         area = draws.uniform(*self.area)
@@ -189,6 +164,9 @@ class View:
         w, h = (area * aspect).sqrt(), (area / aspect).sqrt()
         x = draws.uniform(-1, 1) * (1 - w) - draws.uniform(-2 * self.shift, 2 * self.shift)
         y = draws.uniform(-1, 1) * (1 - h) - draws.uniform(-2 * self.shift, 2 * self.shift)
+        if self.cell:  # the crop and where its centre is, from the cell's units into the image's
+            row, column = self.cell
+            w, h, x, y = w / 3, h / 3, (x + 2 * column - 2) / 3, (y + 2 * row - 2) / 3
         angle = draws.uniform(-self.rotate, self.rotate).deg2rad()
         shear = draws.uniform(-self.shear, self.shear).deg2rad().tan()
         zoom = draws.uniform(*self.zoom)
@@ -199,7 +177,7 @@ class View:
         rows = [xx * w, xy * h, xx * x + xy * y, yx * w, yy * h, yx * x + yy * y]
         return torch.stack(rows, 1).view(-1, 2, 3)
 
-    def _recolouring(self, draws: _Draws, channels: int, unit: int) -> Step | None:
+    def _recolouring(self, draws: Draws, channels: int, unit: int) -> Step | None:
         """(B, C, H, W) in [0, unit] -> the same in [0, 1], all colour parts at once, not yet clamped."""
         rgb = channels == 3
         chroma = bool(rgb and (self.saturation or self.hue or self.grey))
@@ -229,7 +207,7 @@ class View:
 
         return recolour
 
-    def _blurring(self, draws: _Draws, height: int, width: int) -> Step | None:
+    def _blurring(self, draws: Draws, height: int, width: int) -> Step | None:
         """Blur the chosen images: a matrix along each side, whose rows sum to 1 also at the border."""
         if not self.blur:
             return None
@@ -248,7 +226,7 @@ class View:
 
         return blur
 
-    def _noising(self, draws: _Draws, count: int) -> Step | None:
+    def _noising(self, draws: Draws, count: int) -> Step | None:
         """Each image adds its own stretch of one field of noise, drawn once per call, times its own strength.
 
         Drawing afresh for all images of the global batch would cost more than all else; one image's noise is that of
@@ -265,10 +243,12 @@ class View:
 
         return add_noise
 
-    def _vectors(self, x: Tensor, draws: _Draws) -> Tensor:
+    def _vectors(self, x: Tensor, draws: Draws) -> Tensor:
         """(B, D) with some values dropped, then noise added; parts for images do nothing here."""
         if self.quarter_turns % 4:
             raise ValueError("feature vectors cannot be rotated; choose a method without rotations")
+        if self.cell:
+            raise ValueError("feature vectors have no tiles; choose a method without them")
         x, shape = x.float(), (draws.total, x.shape[1])
         if self.vector_drop:
             x = x * _to(draws.table(torch.rand, *shape)[draws.ours] >= self.vector_drop, x)
@@ -279,14 +259,20 @@ class View:
 
 _JITTER = View(flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, vector_drop=0.2, vector_noise=0.3)
 _CROP = replace(_JITTER, area=(0.2, 1), aspect=(3 / 4, 4 / 3), colour=0.8, grey=0.2)
+# Jigsaw (arXiv:1603.09246): 64 of a cell's 75 pixels, anywhere in it, so that edges do not continue from tile to tile
+_TILE = replace(_JITTER, area=((64 / 75) ** 2,) * 2, size=0.5, flip=0, grey=0.3)
+ROTATIONS = ("rotate0", "rotate90", "rotate180", "rotate270")
 VIEWS: dict[str, View] = {
     "clean": View(),
     "weak": View(area=(0.8, 1), shift=0.05, flip=0.5, vector_noise=0.1),
     "strong": replace(_JITTER, rotate=20, zoom=(0.85, 1.15), shift=0.125, grey=0.2),
     "crop": _CROP,  # SimCLR (Chen et al., ICML 2020, arXiv:2002.05709), without its blur
     "small": replace(_CROP, area=(0.05, 0.3), size=0.5),  # multi-crop (SwAV, Caron et al., 2020, arXiv:2006.09882)
-    **{f"rotate{90 * turns}": View(quarter_turns=turns) for turns in range(4)},  # RotNet (arXiv:1803.07728)
+    **{name: View(quarter_turns=turns) for turns, name in enumerate(ROTATIONS)},  # RotNet (arXiv:1803.07728)
+    **{f"tile{i}": replace(_TILE, cell=(i // 3, i % 3)) for i in range(9)},  # row by row
 }
+for _name in ("weak", "strong", "crop"):  # turned and augmented, not mirrored: that would make 90 degrees 270
+    VIEWS |= {f"{_name}-{v}": replace(VIEWS[_name], quarter_turns=VIEWS[v].quarter_turns, flip=0) for v in ROTATIONS}
 
 
 def as_view(view: str | View) -> View:

@@ -34,8 +34,8 @@ def draw_at(monkeypatch):
 
     def at(share: float) -> None:
         uniform = lambda self, low, high: torch.full((self.n,), float(low + share * (high - low)))
-        monkeypatch.setattr(views._Draws, "uniform", uniform)
-        monkeypatch.setattr(views._Draws, "chance", lambda self, p: torch.full((self.n,), p >= 0.5))
+        monkeypatch.setattr(views.Draws, "uniform", uniform)
+        monkeypatch.setattr(views.Draws, "chance", lambda self, p: torch.full((self.n,), p >= 0.5))
 
     return at
 
