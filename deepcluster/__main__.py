@@ -46,12 +46,19 @@ def _fit(args: argparse.Namespace) -> None:
         return
     if not args.source or not (args.out or args.dry_run):
         raise ValueError("fit needs a SOURCE and --out RUN, or --resume RUN")
+    labels = args.labels or "auto"
+    if given.get("use_labels"):
+        from deepcluster import evaluate
+
+        if labels in ("auto", "none"):
+            raise ValueError("--use-labels learns from the labels in a file: add --labels FILE.csv with path,label")
+        given.setdefault("n_clusters", len(evaluate.label_names(labels)))
     given["random_state"] = given.pop("seed", 0)
     model = DeepCluster(**given, out=args.out, overwrite=args.overwrite, quiet=args.quiet)
     if args.dry_run:
-        print("\n".join(model._dry_run(args.source, args.workers, args.data_root)))
+        print("\n".join(model._dry_run(args.source, labels, args.workers, args.data_root)))
         return
-    _say(model._fit(args.source, args.labels or "auto", args.workers, args.data_root), args.out)
+    _say(model._fit(args.source, labels, args.workers, args.data_root), args.out)
 
 
 def _say(model: Any, out: str) -> None:
@@ -62,10 +69,13 @@ def _say(model: Any, out: str) -> None:
         return
     if model.skipped_:
         print(f"{len(model.skipped_)} images were skipped; see {out}/skipped.csv")
+    few = f"{model.n_labelled_} labels were used in training" if model.n_labelled_ else ""
+    if few:
+        print(few)
     if scores := model.scores_:
         print(
             "  ".join(f"{k.upper()} {scores[k]:.3f}" for k in ("acc", "nmi", "ari")),
-            " (labels were used for this line only)",
+            f" (of {scores['n_images']} other images)" if few else " (labels were used for this line only)",
         )
     print(f"clusters: {out}/clusters.parquet   images: {out}/assignments.parquet   model: {out}/model")
     print(f"to look at: {out}/report.html")
@@ -119,25 +129,33 @@ def _evaluate(args: argparse.Namespace) -> None:
     data, labels = config["data"], args.labels
     opened = open_source(args.source, data_root=args.data_root) if args.source else outputs.reopen(data, args.data_root)
     if labels == "auto" and not args.source and data["labels"] != "none":
-        labels = data["labels"]
+        labels = evaluate.for_scores(data)
     true = evaluate.true_classes(opened, labels)
     if true is None:
         raise ValueError(f"{opened.location} has no classes to compare with; give --labels FILE.csv with path,label")
+    table = outputs.read_assignments(Path(args.run))
     if args.source:
         model = load(args.run, args.device)
         model.quiet = args.quiet
         store, found = model._predict(args.source, args.data_root)
-        names, cluster = store.names, found["cluster"]
+        names, cluster, sha1 = store.names, found["cluster"], store.sha1
     else:
-        table = outputs.read_assignments(Path(args.run))
-        names, cluster = table["path"].to_pylist(), table["cluster"].to_numpy()
+        names, cluster, sha1 = table["path"].to_pylist(), table["cluster"].to_numpy(), table["sha1"].to_pylist()
     position = {name: i for i, name in enumerate(opened.names)}
     kept = [position.get(name, -1) for name in names]
     if min(kept) < 0:
         raise ValueError(
             f"{opened.location} has no image {names[kept.index(-1)]} any more; give the source it moved to"
         )
-    scores = evaluate.scores(cluster, true[kept], config["plan"].n_clusters)
+    learnt, known = outputs.learnt(table), true[kept]
+    true = evaluate.unseen(known, sha1, learnt)
+    if true is None:
+        raise ValueError(
+            f"every label of {opened.location} in --labels {labels} was given to training; give a file with others"
+        )
+    scores = evaluate.scores(cluster, true, config["plan"].n_clusters)
+    if learnt:
+        scores["n_given_left_out"] = int((known >= 0).sum() - (true >= 0).sum())
     split = args.source or "train"
     print(json.dumps({**scores, "split": split, "splits": {split: scores}}))
 
@@ -155,8 +173,8 @@ def _report(args: argparse.Namespace) -> None:
         size, channels = config["data"]["size"]
         store = open_store(source, size=size, channels=channels)
         if store.names == table["path"].to_pylist():
-            found = evaluate.true_classes(source, config["data"]["labels"])
-            true = evaluate.of_rows(found, store.rows)
+            found = evaluate.true_classes(source, evaluate.for_scores(config["data"]))
+            true = evaluate.unseen(evaluate.of_rows(found, store.rows), store.sha1, outputs.learnt(table))
     except ValueError as error:
         logging.getLogger("deepcluster").warning("%s; the report shows paths instead of images", error)
     print(f"report: {write_report(run, config, rows, table, clusters, store, true)}")
@@ -171,6 +189,7 @@ def _methods(args: argparse.Namespace) -> None:
         recipe = make_recipe(name)
         print(f"{name}: {(module.__doc__ or '').strip().splitlines()[0]}")
         kind = "pretext: learns features, a clustering method follows" if recipe.pretext else "clusters"
+        kind += ", with the names of a few labels given to it (--use-labels)" if recipe.supervised else ""
         print(f"    {kind}; labels refresh: {recipe.refresh}; views: {', '.join(recipe.views)}")
         options = inspect.signature(METHODS[name]).parameters.values()
         print("    " + "  ".join(f"{p.name}={p.default}" for p in options))

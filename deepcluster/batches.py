@@ -41,11 +41,12 @@ def train_batches(store: Store, targets: Targets, recipe: Recipe, batch_size: in
     rng = torch.Generator().manual_seed(seed)
     n = len(store)
     order = uniform_over(targets.labels[-1], n, rng) if recipe.balanced else torch.randperm(n, generator=rng)
-    if recipe.supervised:  # every batch ends with its share of images of known class
+    if recipe.supervised:  # every batch has its share of images of known class, and so has every process
         share = max(1, round(recipe.supervised * batch_size))
         few = uniform_over(targets.labels[-1], steps(n, batch_size) * share, rng)
         others = order[: steps(n, batch_size) * (batch_size - share)].view(-1, batch_size - share)
-        order = torch.cat([others, few.view(-1, share)], 1).flatten()
+        places = torch.cat([(torch.arange(n) + 0.5) / n for n in (batch_size - share, share)]).argsort()
+        order = torch.cat([others, few.view(-1, share)], 1)[:, places].flatten()
     for ids in order[: steps(n, batch_size) * batch_size].split(batch_size):
         column = torch.randint(targets.partners.shape[1], (batch_size,), generator=rng)
         partners = targets.partners[ids, column]

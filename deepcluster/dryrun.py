@@ -100,7 +100,7 @@ def _try(plan: Plan, stage: Stage, sample: Store) -> tuple[int, int, float]:
 
     training = Training(2, batch, stage.lr, seed=plan.seed, bf16=plan.bf16)  # the first epoch warms up
     identity: Callable[[Tensor], Tensor] = lambda x: x  # noqa: E731
-    fit(model, sample, recipe, training, [clock])
+    fit(model, sample, recipe, training, [clock], known=torch.arange(len(sample)) % recipe.heads[0])  # made up
     with torch.autograd.graph.saved_tensors_hooks(pack, identity):
         views = len(recipe.views)
         images = torch.zeros(batch, *sample.shape, device=sample.device)

@@ -16,12 +16,13 @@ from tqdm import tqdm
 from deepcluster import checkpoint, dist, doctor, dryrun, evaluate, metrics, outputs
 from deepcluster import plan as planning
 from deepcluster.classifier import Classifier, Spec
+from deepcluster.evaluate import Known
 from deepcluster.log import Metrics, Recording, logger, no_bar
-from deepcluster.plan import Plan
+from deepcluster.plan import Plan, choose_size
 from deepcluster.report import write_report
 from deepcluster.settings import AUTO, Settings
 from deepcluster.sources import Source, open_source
-from deepcluster.store import Store, open_store, probe
+from deepcluster.store import Store, open_store
 
 
 class DeepCluster(ClusterMixin, TransformerMixin, BaseEstimator):
@@ -66,6 +67,7 @@ class DeepCluster(ClusterMixin, TransformerMixin, BaseEstimator):
         random_state: int = 0,
         device: str = AUTO,
         precision: str = AUTO,
+        use_labels: bool = False,
         params: dict[str, Any] | None = None,
         out: str | os.PathLike | None = None,
         overwrite: bool = False,
@@ -85,6 +87,7 @@ class DeepCluster(ClusterMixin, TransformerMixin, BaseEstimator):
         self.random_state = random_state
         self.device = device
         self.precision = precision
+        self.use_labels = use_labels
         self.params = params
         self.out = out
         self.overwrite = overwrite
@@ -101,16 +104,21 @@ class DeepCluster(ClusterMixin, TransformerMixin, BaseEstimator):
         return {name: path for name, path in given.items() if isinstance(path, (str, os.PathLike))}
 
     def fit(self, X: Any, y: object = None) -> "DeepCluster":
-        """Train on a source (a path, a name such as "digits", or an array); ``y`` is ignored.
+        """Train on a source (a path, a name such as "digits", or an array).
+
+        ``y`` is ignored unless ``use_labels``: then it has a label for each image in order, -1, None or NaN where
+        it is unknown; the method learns from these, and clusters get their names.
 
         Raises:
             ValueError: the source or a parameter is wrong; the message says what is allowed.
             FloatingPointError: the loss is no number any more.
         """
-        return self._fit(X)
+        if self.use_labels and y is None:
+            raise ValueError("use_labels=True learns from y; call fit(X, y) with -1 for images of unknown label")
+        return self._fit(X, y=y if self.use_labels else None)
 
     def _fit(
-        self, X: Any, labels: str = "none", workers: int | None = None, data_root: str | None = None
+        self, X: Any, labels: str = "none", workers: int | None = None, data_root: str | None = None, y: Any = None
     ) -> "DeepCluster":
         settings, out = self._settings(), Path(self.out) if self.out is not None else None
         planning.check(settings)
@@ -119,21 +127,24 @@ class DeepCluster(ClusterMixin, TransformerMixin, BaseEstimator):
         device = dist.setup(settings.device)
         with Recording() as record:
             source = open_source(X, data_root=data_root)
-            true = evaluate.true_classes(source, labels)
+            known = evaluate.known_labels(settings, source.names, labels if y is None else y)
+            true = evaluate.true_classes(source, "auto" if self.use_labels and y is None else labels)
             size = choose_size(settings, source, device)
             store = self._store(source, *size, device, workers)
             plan = planning.resolve(settings, len(store), store.shape, device)
+            known = known and known.of_rows(store.rows)
             if out and dist.is_main():
                 outputs.prepare(out)
                 where = os.fspath(X) if isinstance(X, (str, os.PathLike)) else source.location
                 data = {"source": where, "cwd": str(Path.cwd()), "data_root": data_root, "size": size, "labels": labels,
                         "n_images": len(store), "content": outputs.content(store)}  # fmt: skip
+                data |= known.facts if known else {}
                 config = {"version": _version(), "git": doctor.revision(), "data": data, "plan": plan.to_dict()}
                 outputs.write_json(out / "config.json", config)
                 record.into(out / "train.log")
                 outputs.write_json(out / "env.json", doctor.environment())
                 outputs.write_skipped(out / "skipped.csv", store.skipped)
-            return self._train(plan, store, out, evaluate.of_rows(true, store.rows))
+            return self._train(plan, store, out, evaluate.of_rows(true, store.rows), known)
 
     def _resume(
         self, labels: str | None = None, workers: int | None = None, data_root: str | None = None
@@ -150,15 +161,18 @@ class DeepCluster(ClusterMixin, TransformerMixin, BaseEstimator):
             if dist.is_main():
                 record.into(out / "train.log")
             source = outputs.reopen(data, data_root)
-            true = evaluate.true_classes(source, labels or data["labels"])
+            true = evaluate.true_classes(source, evaluate.for_scores(data, labels))
             size, channels = data["size"]
             store = self._store(source, size, channels, device, workers)
+            known = evaluate.known_again(data, source.names, store.rows, plan.n_clusters, labels)
             if outputs.content(store) != data["content"]:
                 raise ValueError(f"{data['source']} has other images than when {out} began ({len(store)} now, "
                                  f"{data['n_images']} then); start anew with --overwrite")  # fmt: skip
-            return self._train(plan, store, out, evaluate.of_rows(true, store.rows), saved)
+            return self._train(plan, store, out, evaluate.of_rows(true, store.rows), known, saved)
 
-    def _dry_run(self, X: Any, workers: int | None = None, data_root: str | None = None) -> list[str]:
+    def _dry_run(
+        self, X: Any, labels: str = "none", workers: int | None = None, data_root: str | None = None
+    ) -> list[str]:
         """What ``fit`` would need and take, a line each; trains on a sample for some seconds, writes nothing."""
         settings = self._settings()
         planning.check(settings)
@@ -166,6 +180,7 @@ class DeepCluster(ClusterMixin, TransformerMixin, BaseEstimator):
             outputs.check(Path(self.out), self.overwrite, self._reads(X))
         device = dist.setup(settings.device)
         source = open_source(X, data_root=data_root)
+        evaluate.known_labels(settings, source.names, labels)
         size, channels = choose_size(settings, source, device)
         shape = (channels, size, size) if source.features is None else (channels,)
         plan = planning.resolve(settings, len(source.names), shape, device)
@@ -178,23 +193,31 @@ class DeepCluster(ClusterMixin, TransformerMixin, BaseEstimator):
         return open_store(source, size=size, channels=channels, device=device, workers=workers, progress=progress)
 
     def _train(
-        self, plan: Plan, store: Store, out: Path | None, true: np.ndarray | None, saved: dict | None = None
-    ) -> "DeepCluster":
+        self, plan: Plan, store: Store, out: Path | None, true: np.ndarray | None, known: Known | None = None,
+        saved: dict | None = None,
+    ) -> "DeepCluster":  # fmt: skip
         began = time.perf_counter()
+        if known:
+            true = evaluate.unseen(true, store.sha1, {store.sha1[i] for i in np.flatnonzero(known.given)})
+            logger.info("%d labels are used in training: of %s", len(known), ", ".join(known.names))
         hooks = []
         if out:
             writer = Metrics(out / "metrics.jsonl", true)
             if dist.is_main():
                 writer.rewind(saved["stage"] if saved else -1, saved["epoch"] if saved else 0)
             hooks.append(writer)
-        model, recipe, state = planning.run(plan, store, out / "checkpoints" if out else None, hooks, saved, self.quiet)
+        model, recipe, state = planning.run(plan, store, out / "checkpoints" if out else None, hooks, saved, self.quiet,
+                                            torch.from_numpy(known.labels) if known else None)  # fmt: skip
         self.seconds_ = time.perf_counter() - began
         head = state.reported(recipe.rivals)
         spec = Spec(plan.backbone, plan.shape, type(model.heads[head]).__name__, plan.n_clusters, _version())
         classifier, found = Classifier.of(model, head, spec, store)
+        if known:
+            classifier.names = [known.names[output] for output in classifier.order.tolist()]
+        self.n_labelled_ = len(known) if known else 0
         self._keep(classifier, found["cluster"], store.names, store.skipped, plan)
         if out and dist.is_main():
-            outputs.write_results(out, classifier, found, store.names, store.sha1)
+            outputs.write_results(out, classifier, found, store.names, store.sha1, known.given if known else None)
         self.scores_ = None if true is None else evaluate.scores(self.labels_, true, plan.n_clusters)
         if out and dist.is_main():
             write_report(out, *outputs.read_run(out), store, true)
@@ -266,17 +289,6 @@ def load(run: str | os.PathLike, device: str = AUTO) -> DeepCluster:
 def fit(source: Any, **parameters: Any) -> DeepCluster:
     """``DeepCluster(**parameters).fit(source)``."""
     return DeepCluster(**parameters).fit(source)
-
-
-def choose_size(settings: Settings, source: Source, device: torch.device) -> tuple[int, int]:
-    """Pixels a side and channels to decode to; (1, D) for vectors."""
-    if source.features is not None:
-        return 1, source.features.shape[1]
-    seen = probe(source)
-    size = planning.image_size(seen, device) if settings.image_size == AUTO else int(settings.image_size)
-    logger.info("%d images, about %d x %d px, %s; used at %d px", len(source.names), seen.width, seen.height,
-                "grey" if seen.channels == 1 else "colour", size)  # fmt: skip
-    return size, seen.channels
 
 
 def _version() -> str:

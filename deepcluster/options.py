@@ -67,7 +67,7 @@ def parser(description: str) -> Parser:
     fit.add_argument("--overwrite", action="store_true", help="replace an earlier run in RUN")
     fit.add_argument("--resume", metavar="RUN", help="go on with a run that was stopped")
     fit.add_argument(
-        "--labels", metavar="FILE.csv", help="known labels, for scores only: auto (default), none or a file"
+        "--labels", metavar="FILE.csv", help="known labels, for scores: auto (default), none, a file; see --use-labels"
     )
     fit.add_argument("--config", metavar="FILE.json", help="options as a JSON object; flags given here win")
     fit.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the method")
@@ -76,7 +76,9 @@ def parser(description: str) -> Parser:
     says = dict(re.findall(r"^ +(\w+): (.+)$", inspect.getdoc(Settings) or "", re.M))
     kinds = {"int | str": _number_or_auto(int), "float | str": _number_or_auto(float), "<class 'int'>": int}
     for f in fields(Settings):
-        if f.name != "params":
+        if isinstance(f.default, bool):  # None, not False: whether it was given has to be seen
+            fit.add_argument("--" + f.name.replace("_", "-"), action="store_true", default=None, help=says[f.name])
+        elif f.name != "params":
             metavar = {"init_from": "RUN", "weights": "FILE"}.get(f.name, f.name.split("_")[-1].upper())
             default = "" if f.default is None else f" (default {f.default})"
             flag = "--" + f.name.replace("_", "-")

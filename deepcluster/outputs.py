@@ -220,13 +220,20 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 
 def write_results(
-    out: Path, classifier: Classifier, found: dict[str, np.ndarray], names: Sequence[str], sha1: Sequence[str]
-) -> None:
-    """model/, assignments.parquet, clusters.parquet and features.npy of a finished run."""
+    out: Path, classifier: Classifier, found: dict[str, np.ndarray], names: Sequence[str], sha1: Sequence[str],
+    given: np.ndarray | None = None,
+) -> None:  # fmt: skip
+    """model/, assignments.parquet, clusters.parquet and features.npy of a finished run.
+
+    ``given``: (N,) bool, whether training was given an image's label, for runs that learnt from labels.
+    """
     classifier.save(out / "model")
     table = predictions(found, names, sha1, classifier.names)
     shown = representatives(found, classifier.spec.n_clusters)
-    write_table(out / "assignments.parquet", table.append_column("is_representative", pa.array(shown)))
+    table = table.append_column("is_representative", pa.array(shown))
+    if given is not None:
+        table = table.append_column("given", pa.array(given))
+    write_table(out / "assignments.parquet", table)
     write_table(out / "clusters.parquet", clusters(found, names, classifier))
     tmp = out / "features.npy.tmp"
     with tmp.open("wb") as f:
@@ -243,6 +250,11 @@ def read_assignments(run: Path) -> pa.Table:
         ValueError: the run has none yet, or it is damaged.
     """
     return _read_table(run, "assignments.parquet")
+
+
+def learnt(table: pa.Table) -> set[str]:
+    """Content (sha1) of the images in assignments.parquet whose label was given to training."""
+    return set(table.filter(table["given"])["sha1"].to_pylist()) if "given" in table.column_names else set()
 
 
 def read_run(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]], pa.Table, pa.Table]:

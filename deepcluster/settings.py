@@ -26,6 +26,7 @@ class Settings:
         seed: of everything random.
         device: auto, cpu, cuda or mps.
         precision: auto, fp32 or bf16; auto is bf16 where the processor has it.
+        use_labels: learn from the labels of --labels FILE.csv, by a method that can; n_clusters is their number.
         params: further parameters of the methods, by name, or by stage and name ("sela.n_heads").
     """
 
@@ -43,6 +44,7 @@ class Settings:
     seed: int = 0
     device: str = AUTO
     precision: str = AUTO
+    use_labels: bool = False
     params: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -64,6 +66,8 @@ class Settings:
         for name in ("method", "backbone", "device"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a name; got {getattr(self, name)!r}")
+        if not isinstance(self.use_labels, bool):
+            raise ValueError(f"use_labels must be true or false; got {self.use_labels!r}")
         if not isinstance(self.params, dict):
             raise ValueError(f"params must be an object of names and values; got {self.params!r}")
         if self.weights and self.init_from:
