@@ -4,6 +4,7 @@ Each sees this rank's contiguous shard (n, D) of the features and returns target
 every rank: only sums cross ranks while deciding, and N labels at the end.
 """
 
+import heapq
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +15,12 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from deepcluster import dist
-from deepcluster.kmeans import kmeans, nearest, sums
+from deepcluster.kmeans import kmeans, nearest, sums, tightest
 from deepcluster.model import Head
 from deepcluster.recipe import Assigner, Targets
 from deepcluster.transport import log_scales
 
+RESTARTED = 32  # more clusters than this average out what one k-means got wrong
 CHUNK = 2**26  # logits of at most so many numbers exist at a time
 
 
@@ -58,19 +60,25 @@ class KMeans:
     """One k-means per head on whitened features (DeepCluster, arXiv:1807.05520).
 
     Deviations: with ``warm`` the first centroids are the means of the last labels, so that clusters keep their
-    ids and few iterations are needed; otherwise k-means++ instead of random rows while K is small.
+    ids and few iterations are needed; otherwise k-means++ instead of random rows while K is small, and the best of
+    ``restarts`` where ``RESTARTED`` clusters or fewer are asked for.
     """
 
     pca_dim: int = 256
     iterations: int = 20
     warm: bool = True
+    restarts: int = 1
 
     def __call__(self, features: Tensor, heads: Sequence[Head], previous: Targets, seed: int) -> Targets:
         x = whiten(features, self.pca_dim)
         labels = []
         for h, head in enumerate(heads):
             start = self._last_means(x, previous.labels[h], head.out_features) if self.warm else None
-            found, _ = kmeans(x, head.out_features, seed=(seed + h) % 2**31, iterations=self.iterations, start=start)
+            k, own = head.out_features, (seed + h * self.restarts) % 2**31
+            if start is None and self.restarts > 1 and k <= RESTARTED:
+                found, _ = tightest(x, k, seed=own, restarts=self.restarts)
+            else:
+                found, _ = kmeans(x, k, seed=own, iterations=self.iterations, start=start)
             labels.append(dist.all_cat(found.to(torch.int32)))
         return replace(previous, labels=torch.stack(labels).cpu())
 
@@ -90,23 +98,26 @@ class Balanced:
     ``strength`` is the paper's lambda (25 for ImageNet, 10 for CIFAR). Deviation: 0 finds it, doubling from
     1 / the spread of the logits until the plan is decided (mean row entropy < 10 % of ln K), because on the flat
     logits of a young network the paper's value balances the plan but not the labels. Heads without labels start from
-    the best of ``restarts`` k-means on the features, each with its own seeds, instead of a random permutation.
+    the best of ``restarts`` k-means on the whitened features, each with its own seeds, instead of a random permutation.
     """
 
     strength: float = 0.0
     iterations: int = 100
     doublings: int = 10
     restarts: int = 5
+    pca_dim: int = 24
 
     @torch.no_grad()
     def __call__(self, features: Tensor, heads: Sequence[Head], previous: Targets, seed: int) -> Targets:
         labels = []
-        unit = F.normalize(features, dim=1)
+        unit = whiten(features, self.pca_dim) if bool((previous.labels < 0).all(1).any()) else features
         for h, head in enumerate(heads):
             if bool((previous.labels[h] >= 0).any()):
                 chunks = _logits(features, head)
             else:
-                chunks = _logits(unit, _Cosines(self._tightest(unit, head.out_features, seed + h * self.restarts)))
+                own = seed + h * self.restarts
+                _, centroids = tightest(unit, head.out_features, seed=own, restarts=self.restarts, spherical=True)
+                chunks = _logits(unit, _Cosines(centroids))
             strength, scale = self.strength, torch.zeros(head.out_features, device=features.device)
             if strength:
                 scale, _ = log_scales(chunks, strength, scale, iterations=self.iterations)
@@ -120,13 +131,6 @@ class Balanced:
             found = torch.cat([(strength * z.float() + scale.float()).argmax(1) for z in chunks()])
             labels.append(dist.all_cat(found.to(torch.int32)))
         return replace(previous, labels=torch.stack(labels).cpu())
-
-    def _tightest(self, unit: Tensor, k: int, seed: int) -> Tensor:
-        """Centroids (K, D) of the best of a few spherical k-means of rows (n, D): the one with the least inertia."""
-        runs = [kmeans(unit, k, seed=(seed + i) % 2**31, spherical=True)[1] for i in range(self.restarts)]
-        return min(
-            runs, key=lambda centroids: float(dist.all_sum(nearest(unit, centroids)[1].sum(dtype=torch.float64)))
-        )
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,73 @@ def _rename(new: Tensor, old: Tensor, k: int) -> Tensor:
     return torch.where(new >= 0, torch.from_numpy(names)[new.clamp_min(0)], new).to(torch.int32)
 
 
+@dataclass(frozen=True)
+class Argmax:
+    """Each head's own prediction is the label; empty clusters are refilled (UIC, arXiv:2006.11480).
+
+    Heads without labels get those of ``first``; if that is None balanced random ones, nearly the paper's. Deviation:
+    with ``standardised`` each cluster's scores have mean 0 and variance 1 over all images before they are compared, so
+    that no cluster can take most of them.
+    """
+
+    first: Assigner | None = None
+    standardised: bool = False
+
+    @torch.no_grad()
+    def __call__(self, features: Tensor, heads: Sequence[Head], previous: Targets, seed: int) -> Targets:
+        rng, labels = torch.Generator().manual_seed(seed), []
+        fresh = [not bool((known >= 0).any()) for known in previous.labels]
+        start = self.first(features, heads, previous, seed).labels if self.first and any(fresh) else None
+        for h, head in enumerate(heads):
+            if not fresh[h]:
+                chunks = _logits(features, head)
+                mean, std = _moments(chunks) if self.standardised else (0, 1)
+                found = dist.all_cat(torch.cat([((z - mean) / std).argmax(1) for z in chunks()])).cpu()
+            elif start is not None:
+                found = start[h].long()
+            else:
+                found = torch.randperm(previous.labels.shape[1], generator=rng) % head.out_features
+            labels.append(split_empty(found, head.out_features, rng))
+        return replace(previous, labels=torch.stack(labels).int())
+
+
+def _moments(chunks: Callable[[], Iterator[Tensor]]) -> tuple[Tensor, Tensor]:
+    """(K,) mean and standard deviation of each cluster's logits over all images of all ranks."""
+    rows = [torch.stack([torch.ones_like(z), z, z.square()]).sum(1) for z in (part.double() for part in chunks())]
+    n, first, second = dist.all_sum(torch.stack(rows).sum(0))
+    mean = first / n
+    return mean.float(), (second / n - mean.square()).clamp_min(0).sqrt().clamp_min(1e-6).float()
+
+
+def split_empty(labels: Tensor, k: int, rng: torch.Generator) -> Tensor:
+    """Give each empty cluster, in the order of their ids, a random half of what is the largest by then.
+
+    Args:
+        labels: (N,) int64 in 0..k-1, on the CPU.
+        k: clusters.
+        rng: of who goes and who stays.
+
+    Returns:
+        (N,) int64; no cluster is empty if N >= k. Of an odd size the larger half goes; the lower id is split first.
+    """
+    shuffled = torch.randperm(len(labels), generator=rng)
+    members = shuffled[labels[shuffled].argsort(stable=True)]  # by cluster, within one in random order
+    counts = torch.bincount(labels, minlength=k)
+    starts = (counts.cumsum(0) - counts).tolist()
+    largest = [(-n, c) for c, n in enumerate(counts.tolist()) if n]
+    heapq.heapify(largest)
+    out = labels.clone()
+    for empty in (counts == 0).nonzero().flatten().tolist():
+        n, c = -largest[0][0], largest[0][1]
+        if n < 2:  # fewer images than clusters: some have to stay empty
+            break
+        starts[empty] = starts[c] + n // 2
+        out[members[starts[empty] : starts[c] + n]] = empty
+        heapq.heapreplace(largest, (-(n // 2), c))
+        heapq.heappush(largest, (n // 2 - n, empty))
+    return out
+
+
 def centroid_heads(heads: Sequence[Head], optimizer: torch.optim.Optimizer, features: Tensor, targets: Targets) -> None:
     """Head policy: each head becomes the nearest-centroid classifier of its new labels; empty clusters keep theirs.
 
@@ -205,4 +276,4 @@ def centroid_heads(heads: Sequence[Head], optimizer: torch.optim.Optimizer, feat
             optimizer.state.pop(p, None)
 
 
-__all__ = ["Aligned", "Balanced", "KMeans", "centroid_heads", "kmeans", "nearest", "whiten"]
+__all__ = ["Aligned", "Argmax", "Balanced", "KMeans", "centroid_heads", "kmeans", "nearest", "split_empty", "whiten"]

@@ -98,6 +98,19 @@ def kmeans(
     return nearest(x, centroids)[0], centroids
 
 
+def tightest(x: Tensor, k: int, *, seed: int, restarts: int, spherical: bool = False) -> tuple[Tensor, Tensor]:
+    """The best of ``restarts`` k-means with seeds of their own: the one with the least inertia over all ranks.
+
+    Returns:
+        labels (n,) int64 of this rank's rows, centroids (K, d) float32, as ``kmeans`` does.
+    """
+    runs = [kmeans(x, k, seed=(seed + i) % 2**31, spherical=spherical) for i in range(restarts)]
+    if restarts == 1:
+        return runs[0]
+    inertia = [float(dist.all_sum(nearest(x, centroids)[1].sum(dtype=torch.float64))) for _, centroids in runs]
+    return runs[inertia.index(min(inertia))]
+
+
 def plus_plus(x: Tensor, k: int, rng: torch.Generator, kept: Tensor) -> Tensor:
     """k-means++ seeding (Arthur & Vassilvitskii 2007): (K, d) rows of x, far from each other and from those kept."""
     chosen = torch.empty(k, x.shape[1], dtype=x.dtype, device=x.device)

@@ -18,8 +18,10 @@ from deepcluster.doctor import cpu_bf16
 from deepcluster.log import logger
 from deepcluster.recipe import METHODS, OPTIMISER, PAPER, Recipe, hint, make_recipe
 from deepcluster.settings import AUTO, Settings
+from deepcluster.sources import Source
 from deepcluster.stages import Plan, Stage, run, starting_point
-from deepcluster.store import Probe
+from deepcluster.store import Probe, probe
+from deepcluster.views import VIEWS
 
 EPOCHS = 17  # of a stage with passes = 1 on 10,000 images; four times as many images get half as many
 TOGETHER = 2.5  # passes of all stages of a plan together, at most
@@ -32,6 +34,17 @@ def image_size(seen: Probe, device: torch.device) -> int:
     if seen.channels == 1 and side <= 32:  # characters lose little at 16 px, and a third of 28 px's cost is left
         return 16 if device.type == "cpu" else max(16, side)
     return min(side, 48 if device.type == "cpu" else 128)
+
+
+def choose_size(settings: Settings, source: Source, device: torch.device) -> tuple[int, int]:
+    """Pixels a side and channels to decode to; (1, D) for vectors."""
+    if source.features is not None:
+        return 1, source.features.shape[1]
+    seen = probe(source)
+    size = image_size(seen, device) if settings.image_size == AUTO else int(settings.image_size)
+    logger.info("%d images, about %d x %d px, %s; used at %d px", len(source.names), seen.width, seen.height,
+                "grey" if seen.channels == 1 else "colour", size)  # fmt: skip
+    return size, seen.channels
 
 
 def _stages(settings: Settings, grey: bool) -> list[tuple[str, dict[str, Any]]]:
@@ -69,6 +82,9 @@ def _stages(settings: Settings, grey: bool) -> list[tuple[str, dict[str, Any]]]:
                 f"{name} goes on with the clusters of another method; let one come right before it, "
                 f"e.g. --method simclr+scan+{name}"
             )
+    _check_labels(
+        plan, [(name, recipe) for (name, _), recipe in zip(stages, recipes, strict=True)], settings.use_labels
+    )
     if recipes[-1].pretext:
         raise ValueError(
             f"{stages[-1][0]} learns features but no clusters; let a clustering method follow, "
@@ -77,13 +93,30 @@ def _stages(settings: Settings, grey: bool) -> list[tuple[str, dict[str, Any]]]:
     return stages
 
 
+def _check_labels(plan: str, recipes: list[tuple[str, Recipe]], use_labels: bool) -> None:
+    """Labels are learnt from where the user says so and the last method can, and nowhere else."""
+    name, last = recipes[-1]
+    if use_labels and not last.supervised:
+        can = [other for other in METHODS if make_recipe(other).supervised]
+        before = plan if last.pretext or not any(recipe.supervised for _, recipe in recipes) else "simclr"
+        raise ValueError(
+            f"--use-labels: {name}, the last method, learns from no labels; these do: {', '.join(sorted(can))}, "
+            f"e.g. --method {before}+fixmatch"
+        )
+    if not use_labels and (learning := [other for other, recipe in recipes if recipe.supervised]):
+        raise ValueError(
+            f"{learning[0]} learns from a few known labels; give them with --labels FILE.csv --use-labels "
+            "(in Python: use_labels=True and fit(X, y)), or choose another --method"
+        )
+
+
 def check(settings: Settings) -> None:
     """Refuse unknown names of methods, parameters and backbones before a single image is read.
 
     Raises:
         ValueError: with the nearest right name.
     """
-    if settings.method not in (AUTO,):
+    if settings.method not in (AUTO,) or settings.use_labels:
         _stages(settings, grey=True)
     known = [AUTO, *BACKBONES]
     if settings.backbone not in known and settings.backbone.partition(":")[0] not in ("torchvision", "timm"):
@@ -91,16 +124,37 @@ def check(settings: Settings) -> None:
         raise ValueError(f"unknown backbone {settings.backbone!r}; {hint(settings.backbone, allowed)}")
 
 
+def _seen(plan: Plan) -> list[Tensor]:
+    """Two blank images as they are, and as the views show them: one batch for each shape.
+
+    Raises:
+        ValueError: a method has views, such as rotations, that this kind of data cannot be seen through.
+    """
+    blank = torch.zeros(2, *plan.shape)
+    seen = {blank.shape: blank}
+    for stage in plan.stages:
+        recipe = stage.recipe()
+        for view in dict.fromkeys((*recipe.views, *recipe.label_views)):
+            try:
+                images = VIEWS[view](blank, torch.Generator())
+            except ValueError as error:
+                raise ValueError(f"{stage.method}: {error}") from error
+            seen[images.shape] = images
+    return list(seen.values())
+
+
 def _try(plan: Plan) -> None:
-    """Refuse a backbone that does not turn these images into one feature vector each, before anything is written."""
+    """Refuse a backbone that does not turn all views into one feature vector each, before anything is written."""
+    views = _seen(plan)
     backbone, dim = starting_point(plan)
     try:
-        with torch.no_grad():
-            out = backbone(torch.zeros(2, *plan.shape))
-        if not isinstance(out, Tensor) or out.shape != (2, dim):
-            raise TypeError(f"it gives {tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__}")
+        for images in views:
+            with torch.no_grad():
+                out = backbone(images)
+            if not isinstance(out, Tensor) or out.shape != (2, dim):
+                raise TypeError(f"it gives {tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__}")
     except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError) as error:  # whatever its code raises
-        shape = "x".join(map(str, plan.shape))
+        shape = "x".join(map(str, images.shape[1:]))
         raise ValueError(
             f"the backbone {plan.backbone} does not work on {shape} images: {str(error).splitlines()[0]}; "
             "try another --image-size or --backbone"
@@ -149,10 +203,17 @@ def resolve(settings: Settings, n_images: int, shape: tuple[int, ...], device: t
     for name, params in named:
         defaults = {p.name: p.default for p in inspect.signature(METHODS[name]).parameters.values()}
         params = {**defaults, **params}  # written out, so that a run goes on the same after a default has changed
+        asked = settings.overcluster != AUTO or {"overcluster", f"{name}.overcluster"} & settings.params.keys()
         recipe = make_recipe(name, **params)
+        most = n_images if settings.batch_size == AUTO else int(settings.batch_size)
+        while recipe.least_batch > most and not asked and params.get("overcluster", 1) > 1:  # few images, small batches
+            params["overcluster"] -= 1
+            recipe = make_recipe(name, **params)
         auto = min(200, max(10, round(EPOCHS * recipe.passes * share * (10_000 / n_images) ** 0.5)))
         epochs = settings.epochs if settings.epochs != AUTO else auto
         paper = {k: v for k, v in PAPER[name].items() if k in OPTIMISER} if settings.preset == "paper" else {}
+        if "batch_size" in paper:
+            paper["batch_size"] = min(paper["batch_size"], n_images)
         paper |= {k: v for k, v in (("lr", settings.lr), ("batch_size", settings.batch_size)) if v != AUTO}
         batch = _batch_size(name, recipe, n_images, paper.pop("batch_size", AUTO))
         stages.append(Stage(name, params, int(epochs), batch, **{"lr": float(lr), **paper}))
@@ -175,6 +236,7 @@ __all__ = [
     "Settings",
     "Stage",
     "check",
+    "choose_size",
     "image_size",
     "resolve",
     "run",

@@ -200,6 +200,8 @@ class Recipe:
         for name in ("objective", "head"):
             if isinstance(given := getattr(self, name), tuple) and len(given) != len(self.heads):
                 raise ValueError(f"{len(self.heads)} heads need as many entries of {name}; got {len(given)}")
+        if not 0 <= self.supervised < 1:
+            raise ValueError(f"supervised is a share of the batch, in [0, 1); got {self.supervised}")
         for view in (*self.views, *self.label_views):
             if view not in VIEWS:
                 raise ValueError(f"unknown view {view!r}; {hint(view, VIEWS)}")

@@ -8,10 +8,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "deepcluster"
 LAYERS = [
-    {"dist", "metrics", "doctor", "settings"},
+    {"dist", "metrics", "doctor", "settings", "draws"},
     {"transport", "losses", "decode", "kmeans", "views"},
-    {"model", "recipe", "backbones"},
-    {"assign", "sources", "store", "methods"},
+    {"model", "recipe", "backbones", "networks"},
+    {"assign", "neighbors", "sources", "store", "methods"},
     {"batches"},
     {"features", "checkpoint", "evaluate", "classifier"},
     {"trainer"},
@@ -24,7 +24,14 @@ LAYERS = [
     {"__main__"},
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-SIDEWAYS = {("recipe", "model"), ("backbones", "recipe"), ("methods", "assign"), ("store", "sources")}
+SIDEWAYS = {
+    ("recipe", "model"),
+    ("networks", "model"),
+    ("backbones", "recipe"),
+    ("methods", "assign"),
+    ("methods", "neighbors"),
+    ("store", "sources"),
+}
 SEE_LABELS = {"metrics", "evaluate", "sources", "plan", "estimator", "outputs", "__main__"}
 LABEL_WORDS = re.compile(r"(?<!pseudo-)\bclasses\b|true_labels|ground.?truth", re.I)
 FILES = sorted(ROOT.rglob("*.py"))

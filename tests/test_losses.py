@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from deepcluster.losses import contrastive, mutual_information, pseudo_label
+from deepcluster.losses import (
+    balanced_pseudo_label,
+    contrastive,
+    mutual_information,
+    neighbour_consistency,
+    pseudo_label,
+    swapped_prediction,
+)
 
 ONE_HOT = torch.eye(4).repeat(8, 1)
 UNIFORM = torch.full((32, 4), 0.25)
@@ -151,3 +158,68 @@ def test_contrastive_matches_a_double_loop():
         others = torch.stack([z[i] @ z[j] / 0.2 for j in range(10) if j != i])
         losses.append(others.logsumexp(0) - z[i] @ z[partner] / 0.2)
     assert contrastive(u, v, temperature=0.2).item() == pytest.approx(sum(losses).item() / 10, abs=1e-6)
+
+
+# --- swapped prediction, neighbours, self-labels ---
+
+
+def test_swapped_prediction_matches_a_double_loop():
+    z, q = torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0)) * 3, assignments(12, 5, 1).view(2, 6, 5)
+    pairs = [(a, v) for a in range(2) for v in range(4) if v != a]
+    naive = [-q[a, b].double() @ z[v, b].double().log_softmax(0) for a, v in pairs for b in range(6)]
+    assert swapped_prediction(z, q).item() == pytest.approx(sum(naive).item() / 36, abs=1e-6)
+    assert swapped_prediction(torch.zeros(4, 6, 5), q).item() == pytest.approx(math.log(5), abs=1e-6)
+
+
+ANCHORS, NEAR = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+
+
+@pytest.mark.parametrize(("weight", "loss"), [(0.0, 0.367651), (1.0, 0.367651 - 0.681894), (5.0, -3.041820)])
+def test_neighbour_consistency_by_hand(weight, loss):
+    assert neighbour_consistency(ANCHORS, NEAR, entropy_weight=weight).item() == pytest.approx(loss, abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("z", "loss"),
+    [
+        (torch.eye(4).repeat(3, 1) * 100, -6.931472),
+        (torch.zeros(8, 4), -5.545177),
+        (ONE_HOT[:1].repeat(8, 1) * 100, 0.0),
+    ],
+    ids=["perfect and balanced", "uniform", "all in one cluster"],
+)
+def test_neighbour_consistency_at_its_limits(z, loss):
+    z = z.clone().requires_grad_()
+    found = neighbour_consistency(z, z.detach())
+    found.backward()
+    assert found.item() == pytest.approx(loss, abs=1e-5)
+    assert z.grad.isfinite().all()
+
+
+def test_neighbour_consistency_is_binary_cross_entropy_where_that_is_finite():
+    a, b = torch.randn(2, 16, 5, generator=torch.Generator().manual_seed(0)).unbind()
+    together = (a.softmax(1) * b.softmax(1)).sum(1).double()
+    naive = -together.log().mean().item()
+    assert neighbour_consistency(a, b, entropy_weight=0.0).item() == pytest.approx(naive, abs=1e-6)
+    swapped = torch.tensor([[100.0, 0.0]]), torch.tensor([[0.0, 100.0]])
+    assert neighbour_consistency(*swapped, entropy_weight=0.0).item() == pytest.approx(100 - math.log(2), abs=1e-4)
+
+
+def test_self_labels_weigh_every_pseudo_class_alike():
+    labels, weight = torch.tensor([0, 0, 0, 1]), torch.tensor([4 / 3, 4.0])  # n / count
+    z = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        balanced_pseudo_label(z, labels), torch.nn.functional.cross_entropy(z, labels, weight=weight)
+    )
+    each = -z.log_softmax(1)[range(4), labels]
+    torch.testing.assert_close(balanced_pseudo_label(z, labels), (each[:3].mean() + each[3]) / 2)
+
+
+def test_self_labels_ignore_the_unlabelled():
+    z = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    labels = torch.tensor([2, -1, 0, -1, 2], dtype=torch.int32)
+    torch.testing.assert_close(balanced_pseudo_label(z, labels), balanced_pseudo_label(z[[0, 2, 4]], labels[[0, 2, 4]]))
+    nothing = balanced_pseudo_label(z, torch.full((5,), -1))
+    nothing.backward()
+    assert nothing == 0
+    assert (z.grad == 0).all()

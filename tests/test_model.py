@@ -35,8 +35,9 @@ def test_every_head_scores_views_of_a_batch(name):
     scores.square().mul(features(2, 8, 5, seed=1)).sum().backward()
     assert x.grad.abs().max() > 0
     for key, p in head.named_parameters():
-        assert p.grad is not None, key
-        assert p.grad.abs().max() > 0, key
+        if p.requires_grad:  # centroids are set, not trained
+            assert p.grad is not None, key
+            assert p.grad.abs().max() > 0, key
     head.eval()
     torch.testing.assert_close(head(x)[1], head(x[1]))  # views do not mix in eval mode
 

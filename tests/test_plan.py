@@ -7,7 +7,9 @@ import torch
 
 from deepcluster import plan
 from deepcluster.backbones import make_backbone
-from deepcluster.plan import Plan, check, resolve
+from deepcluster.losses import pseudo_label
+from deepcluster.plan import TOGETHER, Plan, check, resolve
+from deepcluster.recipe import METHODS, PAPER, Recipe, method
 from deepcluster.settings import Settings
 from deepcluster.store import Probe
 
@@ -110,3 +112,81 @@ def test_n_clusters_cannot_be_set_behind_the_back_of_the_plan():
 def test_a_backbone_that_cannot_run_is_refused_before_anything_is_written(name):
     with pytest.raises(ValueError, match=rf"the backbone {name} does not work on 3x40x40 images: .*--image-size"):
         resolve(Settings(backbone=name, method="sela"), 100, (3, 40, 40), torch.device("cpu"))
+
+
+# --- what a method may ask for ---
+
+
+@pytest.fixture
+def toy():
+    """A method that asks for all there is; forgotten afterwards."""
+
+    @method(lr=0.25, momentum=0.9, weight_decay=0.0, batch_size=1000, width=7)
+    def toy(n_clusters: int = 10, overcluster: int = 5, width: int = 3, view: str = "strong") -> Recipe:
+        least = n_clusters * overcluster * 2
+        return Recipe((n_clusters,), pseudo_label, views=(view,), least_batch=least, continues=width == 1, passes=2.0)
+
+    yield toy
+    del METHODS["toy"], PAPER["toy"]
+
+
+def one(n=400, **settings):
+    return resolve(Settings(**{"method": "toy", "precision": "fp32"} | settings), n, (1, 16, 16), CPU).stages[-1]
+
+
+def test_the_papers_preset_sets_parameters_and_optimiser_and_the_user_has_the_last_word(toy):
+    plain, paper = one(), one(preset="paper")
+    assert (plain.lr, plain.momentum, plain.weight_decay, plain.params["width"]) == (2e-3, None, 1e-4, 3)
+    assert (paper.lr, paper.momentum, paper.weight_decay, paper.params["width"]) == (0.25, 0.9, 0.0, 7)
+    assert paper.batch_size == 400  # as many as there are
+    mine = one(preset="paper", lr=0.1, batch_size=150, params={"width": 5})
+    assert (mine.lr, mine.momentum, mine.batch_size, mine.params["width"]) == (0.1, 0.9, 150, 5)
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(ValueError, match="preset must be default or paper; got 'papr'"):
+        Settings(preset="papr")
+
+
+def test_a_preset_of_a_parameter_that_is_none_is_a_mistake():
+    with pytest.raises(ValueError, match="did you mean 'n_clusters'"):
+
+        @method(n_cluster=3)
+        def wrong(n_clusters: int = 10) -> Recipe:
+            raise AssertionError
+
+    assert "wrong" not in METHODS
+
+
+def test_the_batch_is_raised_to_what_the_loss_needs_and_less_is_refused(toy):
+    assert one(n=2000).batch_size == 256
+    assert one(n=2000, n_clusters=40).batch_size == 400
+    with pytest.raises(
+        ValueError, match="toy with up to 40 clusters a head needs batches of at least 80 images; got 64"
+    ):
+        one(n=2000, n_clusters=40, batch_size=64)
+
+
+def test_of_few_images_fewer_overclusters_are_asked_unless_the_user_did(toy):
+    assert one(n=60).params["overcluster"] == 3
+    assert one(n=60).batch_size == 60
+    assert one(n=2000, batch_size=40).params["overcluster"] == 2
+    for asked in ({"overcluster": 5}, {"params": {"overcluster": 5}}, {"params": {"toy.overcluster": 5}}):
+        with pytest.raises(ValueError, match="needs batches of at least 100 images; got 60"):
+            one(n=60, **asked)
+    with pytest.raises(ValueError, match="needs batches of at least 100 images; got 60"):
+        one(n=60, n_clusters=50)
+
+
+def test_the_stages_of_a_plan_share_the_time_of_one(toy):
+    alone = one(n=2500).epochs
+    both = resolve(Settings(method="toy+toy"), 2500, (1, 16, 16), CPU).stages
+    assert alone == round(plan.EPOCHS * 2.0 * 2)
+    assert [s.epochs for s in both] == [round(plan.EPOCHS * TOGETHER / 2 * 2)] * 2
+
+
+@pytest.mark.parametrize("method", ["toy", "simclr+toy"])
+def test_a_method_that_continues_needs_clusters_to_go_on_with(toy, method):
+    with pytest.raises(ValueError, match="let one come right before it"):
+        check(Settings(method=method, params={"width": 1}))
+    check(Settings(method="sela+toy", params={"width": 1}))

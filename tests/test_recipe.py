@@ -104,14 +104,15 @@ def test_overclustering_can_be_left_out(name):
     ],
 )
 def test_deepcluster_and_what_its_heads_keep(heads, assigner, warm, policy):
-    recipe = make_recipe("deepcluster", n_clusters=4, overcluster=3, pca_dim=7, every=2, heads=heads)
+    recipe = make_recipe("deepcluster", n_clusters=4, overcluster=3, pca_dim=7, every=2, heads=heads, n_heads=2)
     assert isinstance(recipe.assigner, assigner)
     kmeans = recipe.assigner.inner if heads == "match" else recipe.assigner
     assert (kmeans.pca_dim, kmeans.warm) == (7, warm)
     assert recipe.reassign is policy
     assert recipe.refresh == Every(2)
     assert recipe.balanced
-    assert recipe.heads == (4, 12)
+    assert recipe.heads == (4, 4, 12)
+    assert recipe.rivals == [0, 1]
 
 
 def test_iic_pairs_the_image_with_each_of_its_augmentations():
@@ -121,7 +122,7 @@ def test_iic_pairs_the_image_with_each_of_its_augmentations():
     z = torch.randn(4, 30, 5, generator=torch.Generator().manual_seed(0))
     p = z.softmax(-1)
     pairs = [mutual_information(p[0], p[v], marginal_weight=1.5) for v in (1, 2, 3)]
-    torch.testing.assert_close(recipe.objective(z, torch.zeros(30), Clock(0, 1)), sum(pairs) / 3)
+    torch.testing.assert_close(recipe.objectives[0](z, torch.zeros(30), Clock(0, 1)), sum(pairs) / 3)
 
 
 def test_sela_refreshes_over_the_run_from_several_views():

@@ -1,4 +1,4 @@
-"""The promises of trainer.fit, kept by every registered method."""
+"""The promises of trainer.fit. Those that every method has to keep are in test_methods.py."""
 
 import math
 import random
@@ -17,16 +17,10 @@ from deepcluster import checkpoint, dist
 from deepcluster.batches import train_batches
 from deepcluster.losses import pseudo_label
 from deepcluster.model import Projector, Standardised
-from deepcluster.recipe import METHODS, Clock, Every, Recipe, Targets, make_recipe, once
+from deepcluster.recipe import Clock, Every, Recipe, Targets, make_recipe, once
 from deepcluster.trainer import Training, fit, start
 
-every_method = pytest.mark.parametrize("name", sorted(METHODS))
 TRAINING = Training(epochs=2, batch_size=32, lr=0.05, momentum=0.9, weight_decay=0)  # no gradient, no move
-VARIANTS = [(name, {}) for name in sorted(METHODS)] + [
-    ("deepcluster", {"heads": "reset"}),  # draws from torch's global generator
-    ("deepcluster", {"heads": "centroids"}),
-    ("deepcluster", {"heads": "keep", "every": 2}),
-]
 
 
 class Crash(Exception): ...
@@ -54,89 +48,10 @@ def crash_after(epoch):
     return hook
 
 
-# --- every method ---
-
-
-@every_method
-@pytest.mark.parametrize("channels", [1, 3])
-def test_trains_every_parameter(name, channels):
-    recipe = recipe_of(name)
-    model = make_model(recipe, channels=channels)
-    before = snapshot(model)
-    reports = []
-    state = fit(model, tiny_store(channels=channels), recipe, replace(TRAINING, epochs=1), [reports.append])
-    for key, _ in model.named_parameters():
-        assert not torch.equal(before[key], model.state_dict()[key]), key
-    assert state.epoch == 1
-    assert len(reports) == 1
-    assert math.isfinite(reports[0].loss)
-    assert state.head_losses.shape == (len(recipe.heads),)
-    assert reports[0].loss == pytest.approx(state.head_losses.mean().item())
-
-
-@every_method
-def test_a_run_is_a_function_of_the_seed(name):
-    recipe, store, losses = recipe_of(name), tiny_store(), []
-    for seed, noise in ((0, 1), (0, 2), (5, 1)):
-        model = make_model(recipe)
-        torch.manual_seed(noise)
-        state = fit(model, store, recipe, replace(TRAINING, seed=seed))
-        losses.append((snapshot(model), state.targets.labels))
-    assert_same(losses[0][0], losses[1][0])
-    assert torch.equal(losses[0][1], losses[1][1])
-    assert not torch.equal(losses[0][0]["backbone.0.weight"], losses[2][0]["backbone.0.weight"])
-
-
-@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=lambda x: str(x))
-def test_resuming_after_a_crash_changes_nothing(name, options, tmp_path):
-    recipe, store = recipe_of(name, **options), tiny_store()
-    training = Training(epochs=3, batch_size=32, lr=0.01)  # AdamW, which has the most to remember
-    straight = fit(make_model(recipe), store, recipe, training)
-
-    with pytest.raises(Crash):
-        fit(make_model(recipe), store, recipe, replace(training, out=tmp_path), [crash_after(1)])
-    saved = checkpoint.read(tmp_path / "last.pt")
-    assert saved["epoch"] == 1  # the epoch whose report was cut short is trained again
-    epochs = []
-    resumed = fit(
-        make_model(recipe, seed=99), store, recipe, training, [lambda r: epochs.append(r.clock.epoch)], resume=saved
-    )
-    assert epochs == [1, 2]
-    assert_same(straight.model.state_dict(), resumed.model.state_dict())
-    assert torch.equal(straight.targets.labels, resumed.targets.labels)
-    assert torch.equal(straight.targets.partners, resumed.targets.partners)
-    assert torch.equal(straight.predicted, resumed.predicted)
-    assert torch.equal(straight.head_losses, resumed.head_losses)
-    for p, q in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
-        for key, value in straight.optimizer.state[p].items():
-            assert torch.equal(value, resumed.optimizer.state[q][key])
-
-
-@every_method
-def test_bfloat16_survives(name):
-    recipe = recipe_of(name)
-    model = make_model(recipe)
-    state = fit(model, tiny_store(), recipe, replace(TRAINING, bf16=True))
-    assert state.head_losses.isfinite().all()
-    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
-    exact = make_model(recipe)
-    fit(exact, tiny_store(), recipe, TRAINING)
-    assert not torch.equal(model.backbone[0].weight, exact.backbone[0].weight)  # it was not float32 after all
-
-
-@every_method
-def test_training_lowers_the_loss_of_an_easy_problem(name):
-    recipe, reports = recipe_of(name), []
-    store = tiny_store()
-    store.data[:] = (torch.arange(96) % 3 * 100).to(torch.uint8).view(-1, 1, 1, 1) + store.data // 8
-    fit(make_model(recipe), store, recipe, replace(TRAINING, epochs=8), [reports.append])
-    assert reports[-1].loss < reports[0].loss
-
-
 # --- hooks ---
 
 
-@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=lambda x: str(x))
+@pytest.mark.parametrize(("name", "options"), [("iic", {}), ("sela", {}), ("deepcluster", {"heads": "reset"})])
 def test_hooks_cannot_change_training(name, options):
     recipe, store = recipe_of(name, **options), tiny_store()
     quiet, watched = make_model(recipe), make_model(recipe)

@@ -1,8 +1,8 @@
 """SeLa (Asano et al., ICLR 2020, arXiv:1911.05371): labels by optimal transport, many heads.
 
-Deviations: labels come from the mean feature of a few random views in eval mode, not from one augmentation in
-train mode; lambda is found from the logits' spread (``strength`` sets it); every head is refreshed each
-time; refreshes fall on whole epochs.
+Deviations: heads start from k-means on whitened features, not from random labels; labels come from the mean feature of
+a few random views in eval mode, not from one augmentation in train mode; lambda is found from the logits' spread
+(``strength`` sets it); every head is refreshed each time; refreshes fall on whole epochs.
 """
 
 from deepcluster.assign import Balanced
@@ -10,7 +10,9 @@ from deepcluster.losses import pseudo_label
 from deepcluster.recipe import Recipe, Spread, method
 
 
-@method
+@method(
+    n_heads=10, refreshes=100, strength=25.0, label_views=1, lr=0.08, momentum=0.9, weight_decay=1e-5, batch_size=256
+)  # fmt: skip
 def sela(
     n_clusters: int = 10,
     overcluster: int = 1,
@@ -29,5 +31,4 @@ def sela(
         views=(view,),
         label_views=(view,) * label_views,
         objective=pseudo_label,
-        passes=0.75,
     )

@@ -22,7 +22,7 @@ class Contrastive:
         return contrastive(logits[0], logits[1], temperature=self.temperature)
 
 
-@method
+@method(batch_size=1024, weight_decay=1e-6)
 def simclr(n_clusters: int = 10, temperature: float = 0.5, projection: int = 128, view: str = "crop") -> Recipe:
     """Learns features; ``n_clusters`` is for the recipe that follows. A larger batch has more to tell apart."""
     return Recipe(
