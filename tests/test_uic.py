@@ -132,6 +132,9 @@ def test_standardised_scores_are_compared_over_all_images(monkeypatch):
     assert min(sizes_of(expected, 4)) > 50 > 0 == sizes_of(z.argmax(1), 4)[3]
     monkeypatch.setattr("deepcluster.assign.CHUNK", 64)
     assert torch.equal(assigner(x, [head], known(1, 500), seed=0).labels[0].long(), expected)
+    head.weight.data[2] = 0  # a cluster that says the same of all is as good as the average, not better than any
+    others = ((z - z.mean(0)) / z.std(0, correction=0)).index_fill(1, torch.tensor(2), 0)
+    assert torch.equal(assigner(x, [head], known(1, 500), seed=0).labels[0].long(), others.argmax(1))
     flat = nn.Linear(6, 4)
     nn.init.zeros_(flat.weight)
     assert min(sizes_of(assigner(x, [flat], known(1, 500), seed=0).labels[0].long(), 4)) == 125

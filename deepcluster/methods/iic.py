@@ -65,4 +65,5 @@ def iic(
         views=("clean",) + (view,) * repeats,
         objective=(losses[0],) * len(final) + (losses[1],) * len(over),
         least_batch=max(2, math.ceil(max(final + over) ** 2 / 20)),
+        passes=1.5,
     )
