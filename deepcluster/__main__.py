@@ -182,7 +182,7 @@ def _report(args: argparse.Namespace) -> None:
 
 def _methods(args: argparse.Namespace) -> None:
     import deepcluster.methods  # noqa: F401
-    from deepcluster.recipe import METHODS, make_recipe
+    from deepcluster.recipe import METHODS, PAPER, make_recipe
 
     for name in sorted(METHODS):
         module = inspect.getmodule(METHODS[name])
@@ -190,9 +190,11 @@ def _methods(args: argparse.Namespace) -> None:
         print(f"{name}: {(module.__doc__ or '').strip().splitlines()[0]}")
         kind = "pretext: learns features, a clustering method follows" if recipe.pretext else "clusters"
         kind += ", with the names of a few labels given to it (--use-labels)" if recipe.supervised else ""
-        print(f"    {kind}; labels refresh: {recipe.refresh}; views: {', '.join(recipe.views)}")
+        print(f"    {kind}; labels are made {recipe.refresh}; views: {', '.join(recipe.views)}")
         options = inspect.signature(METHODS[name]).parameters.values()
         print("    " + "  ".join(f"{p.name}={p.default}" for p in options))
+        if PAPER[name]:
+            print("    --preset paper: " + "  ".join(f"{key}={value}" for key, value in PAPER[name].items()))
 
 
 def _doctor(args: argparse.Namespace) -> None:

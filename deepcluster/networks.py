@@ -37,9 +37,7 @@ class Teacher(nn.Module):
 
     def __init__(self, model: Model, momentum: float = 0.99):
         super().__init__()
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"the teacher's momentum must be between 0 and 1; got {momentum}")
-        self.model, self.momentum = model, momentum
+        self.model, self.momentum = model, share(momentum)
         self.teacher = copy.deepcopy(model).requires_grad_(False)
 
     def forward(self, views: Sequence[Tensor]) -> list[Tensor]:
@@ -59,6 +57,17 @@ class Teacher(nn.Module):
         """teacher <- momentum * teacher + (1 - momentum) * student, for every trained parameter."""
         for old, new in zip(self.teacher.parameters(), self.model.parameters(), strict=True):
             old.lerp_(new, 1 - self.momentum if new.requires_grad else 1.0)
+
+
+def share(momentum: float) -> float:
+    """The momentum itself.
+
+    Raises:
+        ValueError: it is no share, between 0 and 1.
+    """
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"the teacher's momentum must be between 0 and 1; got {momentum}")
+    return momentum
 
 
 class Predicted(Teacher):

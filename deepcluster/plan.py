@@ -23,7 +23,7 @@ from deepcluster.stages import Plan, Stage, run, starting_point
 from deepcluster.store import Probe, probe
 from deepcluster.views import VIEWS
 
-EPOCHS = 17  # of a stage with passes = 1 on 10,000 images; four times as many images get half as many
+EPOCHS = 23  # of a stage with passes = 1 on 10,000 images; eight times as many images get half as many
 TOGETHER = 2.5  # passes of all stages of a plan together, at most
 PLANS = {True: "iic+sela+sela", False: "simclr+sela"}  # the default for grey and for colour images; see docs/results.md
 
@@ -75,6 +75,9 @@ def _stages(settings: Settings, grey: bool) -> list[tuple[str, dict[str, Any]]]:
     if unused := [key for key in settings.params if key not in used]:
         known_all = {p for name, _ in stages for p in inspect.signature(METHODS[name]).parameters}
         raise ValueError(f"{plan} has no parameter {unused[0]!r}; {hint(unused[0].rpartition('.')[2], known_all)}")
+    if settings.overcluster not in (AUTO, 1) and not any("overcluster" in params for _, params in stages):
+        can = ", ".join(sorted(m for m in METHODS if "overcluster" in inspect.signature(METHODS[m]).parameters))
+        raise ValueError(f"{plan} has no overclustering heads; leave --overcluster out, or choose from {can}")
     recipes = [make_recipe(name, **params) for name, params in stages]
     for (name, _), recipe, before in zip(stages, recipes, [None, *recipes], strict=False):
         if recipe.continues and (before is None or before.pretext):
@@ -161,15 +164,17 @@ def _try(plan: Plan) -> None:
         ) from error
 
 
-def _batch_size(name: str, recipe: Recipe, n_images: int, asked: int | str) -> int:
-    """Images a step; by default 256, more of many images and where the loss needs it.
+def _batch_size(n_images: int, asked: int | str, name: str = "", recipe: Recipe | None = None) -> int:
+    """Images a step: as asked, else 256, more of many images and where the recipe's loss needs it.
 
     Raises:
         ValueError: fewer than the recipe's loss means something for.
     """
     usual = min(256 if n_images < 50_000 else 512, max(2, n_images // 4))
-    batch = max(usual, min(recipe.least_batch, n_images)) if asked == AUTO else int(asked)
-    if batch < recipe.least_batch:
+    batch = usual if asked == AUTO else int(asked)
+    if recipe and asked == AUTO:
+        batch = max(usual, min(recipe.least_batch, n_images))
+    if recipe and batch < recipe.least_batch:
         raise ValueError(
             f"{name} with up to {max(recipe.heads)} clusters a head needs batches of at least {recipe.least_batch} "
             f"images; got {batch} of {n_images}: set --batch-size {recipe.least_batch} if there are as many images, "
@@ -203,20 +208,20 @@ def resolve(settings: Settings, n_images: int, shape: tuple[int, ...], device: t
     for name, params in named:
         defaults = {p.name: p.default for p in inspect.signature(METHODS[name]).parameters.values()}
         params = {**defaults, **params}  # written out, so that a run goes on the same after a default has changed
-        asked = settings.overcluster != AUTO or {"overcluster", f"{name}.overcluster"} & settings.params.keys()
+        hard = {k: v for k, v in PAPER[name].items() if k in OPTIMISER} if settings.preset == "paper" else {}
+        if "batch_size" in hard:
+            hard["batch_size"] = min(hard["batch_size"], n_images)
+        hard |= {k: v for k, v in (("lr", settings.lr), ("batch_size", settings.batch_size)) if v != AUTO}
+        size = hard.pop("batch_size", AUTO)
         recipe = make_recipe(name, **params)
-        most = n_images if settings.batch_size == AUTO else int(settings.batch_size)
-        while recipe.least_batch > most and not asked and params.get("overcluster", 1) > 1:  # few images, small batches
-            params["overcluster"] -= 1
+        own = settings.overcluster != AUTO or {"overcluster", f"{name}.overcluster"} & settings.params.keys()
+        while not own and params.get("overcluster", 1) > 1 and recipe.least_batch > _batch_size(n_images, size):
+            params["overcluster"] -= 1  # many clusters, or few images
             recipe = make_recipe(name, **params)
-        auto = min(200, max(10, round(EPOCHS * recipe.passes * share * (10_000 / n_images) ** 0.5)))
+        batch = _batch_size(n_images, size, name, recipe)
+        auto = min(200, max(10, round(EPOCHS * recipe.passes * share * (10_000 / n_images) ** (1 / 3))))
         epochs = settings.epochs if settings.epochs != AUTO else auto
-        paper = {k: v for k, v in PAPER[name].items() if k in OPTIMISER} if settings.preset == "paper" else {}
-        if "batch_size" in paper:
-            paper["batch_size"] = min(paper["batch_size"], n_images)
-        paper |= {k: v for k, v in (("lr", settings.lr), ("batch_size", settings.batch_size)) if v != AUTO}
-        batch = _batch_size(name, recipe, n_images, paper.pop("batch_size", AUTO))
-        stages.append(Stage(name, params, int(epochs), batch, **{"lr": float(lr), **paper}))
+        stages.append(Stage(name, params, int(epochs), batch, **{"lr": float(lr), **hard}))
     plan = Plan(tuple(stages), k, backbone, settings.weights, settings.init_from, tuple(shape), settings.seed,
                 bf16 and device.type != "mps")  # fmt: skip
     for stage in plan.stages:

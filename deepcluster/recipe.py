@@ -43,6 +43,9 @@ class Every:
     def due(self, clock: Clock) -> bool:
         return clock.epoch % self.epochs == 0
 
+    def __str__(self) -> str:
+        return {1: "every epoch", sys.maxsize: "once"}.get(self.epochs, f"every {self.epochs} epochs")
+
 
 @dataclass(frozen=True)
 class Never:
@@ -50,6 +53,9 @@ class Never:
 
     def due(self, clock: Clock) -> bool:
         return False
+
+    def __str__(self) -> str:
+        return "never"
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,9 @@ class Spread:
 
     def due(self, clock: Clock) -> bool:
         return clock.epoch in {int(clock.epochs * (i / self.times) ** self.power) for i in range(self.times)}
+
+    def __str__(self) -> str:
+        return f"{self.times} times, most of them early"
 
 
 once = Every(sys.maxsize)

@@ -51,6 +51,11 @@ def test_what_is_asked_for_is_taken():
         ({"method": "sela+"}, "unknown method ''"),
         ({"method": "simclr"}, "let a clustering method follow"),
         ({"method": "sela", "params": {"simclr.view": "crop"}}, "has no parameter"),
+        ({"method": "uic", "overcluster": 3}, "uic has no overclustering heads; leave --overcluster out"),
+        ({"method": "moco+sela", "params": {"moco.teacher": 1.5}}, "momentum must be between 0 and 1; got 1.5"),
+        ({"method": "selflabel"}, "let one come right before it"),
+        ({"method": "fixmatch"}, "give them with --labels FILE.csv --use-labels"),
+        ({"method": "iic", "use_labels": True}, "iic, the last method, learns from no labels"),
         ({"backbone": "convnett"}, "did you mean 'convnet'"),
     ],
 )
@@ -160,7 +165,7 @@ def test_a_preset_of_a_parameter_that_is_none_is_a_mistake():
 
 def test_the_batch_is_raised_to_what_the_loss_needs_and_less_is_refused(toy):
     assert one(n=2000).batch_size == 256
-    assert one(n=2000, n_clusters=40).batch_size == 400
+    assert one(n=2000, n_clusters=40, overcluster=5).batch_size == 400
     with pytest.raises(
         ValueError, match="toy with up to 40 clusters a head needs batches of at least 80 images; got 64"
     ):
@@ -168,8 +173,11 @@ def test_the_batch_is_raised_to_what_the_loss_needs_and_less_is_refused(toy):
 
 
 def test_of_few_images_fewer_overclusters_are_asked_unless_the_user_did(toy):
-    assert one(n=60).params["overcluster"] == 3
-    assert one(n=60).batch_size == 60
+    assert one(n=160).params["overcluster"] == 2
+    assert one(n=160).batch_size == 40
+    assert one(n=60).params["overcluster"] == 1
+    assert one(n=60).batch_size == 20
+    assert one(n=2000, n_clusters=40).params["overcluster"] == 3
     assert one(n=2000, batch_size=40).params["overcluster"] == 2
     for asked in ({"overcluster": 5}, {"params": {"overcluster": 5}}, {"params": {"toy.overcluster": 5}}):
         with pytest.raises(ValueError, match="needs batches of at least 100 images; got 60"):
@@ -179,8 +187,8 @@ def test_of_few_images_fewer_overclusters_are_asked_unless_the_user_did(toy):
 
 
 def test_the_stages_of_a_plan_share_the_time_of_one(toy):
-    alone = one(n=2500).epochs
-    both = resolve(Settings(method="toy+toy"), 2500, (1, 16, 16), CPU).stages
+    alone = one(n=1250).epochs
+    both = resolve(Settings(method="toy+toy"), 1250, (1, 16, 16), CPU).stages
     assert alone == round(plan.EPOCHS * 2.0 * 2)
     assert [s.epochs for s in both] == [round(plan.EPOCHS * TOGETHER / 2 * 2)] * 2
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepcluster.model import Projector, configured
-from deepcluster.networks import Predicted
+from deepcluster.networks import Predicted, share
 from deepcluster.recipe import Clock, Recipe, method
 
 
@@ -41,7 +41,7 @@ def byol(
     return Recipe(
         heads=(projection,),
         head=configured(Projector, hidden=hidden),
-        network=configured(Predicted, momentum=teacher, hidden=hidden),
+        network=configured(Predicted, momentum=share(teacher), hidden=hidden),
         views=(view, view),
         objective=Agreement(),
         pretext=True,

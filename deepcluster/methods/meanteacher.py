@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deepcluster.losses import few_labels, masked_mean
 from deepcluster.model import configured
-from deepcluster.networks import Teacher
+from deepcluster.networks import Teacher, share
 from deepcluster.recipe import Clock, Recipe, method
 
 
@@ -53,7 +53,7 @@ def meanteacher(
     return Recipe(
         heads=(n_clusters,),
         views=(view, view),
-        network=configured(Teacher, momentum=teacher),
+        network=configured(Teacher, momentum=share(teacher)),
         objective=Consistency(weight, ramp),
         supervised=1 / (1 + ratio),
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deepcluster.losses import info_nce
 from deepcluster.model import Projector, configured
-from deepcluster.networks import Queue
+from deepcluster.networks import Queue, share
 from deepcluster.recipe import Clock, Recipe, method
 
 
@@ -46,7 +46,7 @@ def moco(
     return Recipe(
         heads=(projection,),
         head=Projector,
-        network=configured(Queue, momentum=teacher, length=queue),
+        network=configured(Queue, momentum=share(teacher), length=queue),
         views=(view, view),
         objective=QueueContrast(temperature, queue),
         pretext=True,
