@@ -2,16 +2,20 @@
 
 import inspect
 import math
+import os
 import re
+import socket
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from tiny import make_model, tiny_store
 
 import deepcluster.methods  # noqa: F401
-from deepcluster import checkpoint
+from deepcluster import checkpoint, dist
 from deepcluster.batches import train_batches
 from deepcluster.features import extract
 from deepcluster.plan import resolve
@@ -192,6 +196,40 @@ def test_a_loss_does_not_change_what_it_is_given(name):
     before = [z.detach().clone() for z in logits]
     recipe.losses(logits, labels, Clock(3, 10))
     assert all(torch.equal(a, b) for a, b in zip(before, logits, strict=True))
+
+
+# --- two processes ---
+
+
+def train_all(rank: int, port: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.setup("cpu")
+    out = {}
+    for name in NAMES:
+        state = train(recipe_of(name), Training(epochs=2, batch_size=32, lr=0.01))
+        found = {"labels": state.targets.labels, "predicted": state.predicted, "losses": state.head_losses}
+        out[name] = state.network.state_dict() | found | {"partners": state.targets.partners}
+    torch.save(out, folder / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What each of two processes that trained together holds in the end, by method."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(train_all, (port, folder), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.ddp
+@every_method
+def test_two_processes_end_with_one_model_and_one_set_of_labels(name, two_processes):
+    first, second = (held[name] for held in two_processes)
+    assert_same(first, second)
+    assert all(value.isfinite().all() for value in first.values())
 
 
 # --- clusters ---
