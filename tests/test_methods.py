@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from tiny import make_model, tiny_store
 
 import deepcluster.methods  # noqa: F401
-from deepcluster import checkpoint, dist
+from deepcluster import checkpoint, dist, stages
 from deepcluster.batches import train_batches
 from deepcluster.features import extract
 from deepcluster.plan import resolve
@@ -292,3 +292,17 @@ def test_a_plan_with_it_is_resolved(name, shape, preset):
     )
     assert name in [stage.method for stage in made.stages]
     assert all(stage.recipe().heads for stage in made.stages)
+
+
+@every_method
+def test_its_papers_preset_trains(name):
+    recipe = make_recipe(name)
+    method = f"{name}+iic" if recipe.pretext else f"sela+{name}" if recipe.continues else name
+    asked = Settings(method=method, n_clusters=3, preset="paper", epochs=1, use_labels=bool(recipe.supervised))
+    store, rows = tiny_store(size=16), []
+    made = resolve(asked, len(store), store.shape, torch.device("cpu"))
+    _, _, state = stages.run(made, store, hooks=[rows.append], quiet=True, known=known_to(recipe))
+    paper = {key: value for key, value in PAPER[name].items() if key in ("lr", "momentum", "weight_decay")}
+    assert {key: getattr(made.stages[-2 if recipe.pretext else -1], key) for key in paper} == paper
+    assert all(math.isfinite(row.loss) for row in rows)
+    assert state.epoch == 1
