@@ -221,7 +221,7 @@ def resolve(settings: Settings, n_images: int, shape: tuple[int, ...], device: t
         batch = _batch_size(n_images, size, name, recipe)
         auto = min(200, max(10, round(EPOCHS * recipe.passes * share * (10_000 / n_images) ** (1 / 3))))
         epochs = settings.epochs if settings.epochs != AUTO else auto
-        stages.append(Stage(name, params, int(epochs), batch, **{"lr": float(lr), **hard}))
+        stages.append(Stage(name, params, int(epochs), batch, **{"lr": float(lr) * recipe.pace, **hard}))
     plan = Plan(tuple(stages), k, backbone, settings.weights, settings.init_from, tuple(shape), settings.seed,
                 bf16 and device.type != "mps")  # fmt: skip
     for stage in plan.stages:

@@ -164,6 +164,7 @@ class Recipe:
         supervised: share of each batch drawn from images the user labelled; other recipes never see these labels.
         least_batch: the smallest global batch that the loss means something for.
         passes: how long ``epochs auto`` trains, relative to other methods.
+        pace: the learning rate ``lr auto`` gives, relative to other methods.
     """
 
     heads: tuple[int, ...]
@@ -181,6 +182,7 @@ class Recipe:
     supervised: float = 0.0
     least_batch: int = 2
     passes: float = 1.0
+    pace: float = 1.0
 
     @property
     def objectives(self) -> tuple[Objective, ...]:

@@ -148,6 +148,13 @@ def test_the_papers_preset_sets_parameters_and_optimiser_and_the_user_has_the_la
     assert (mine.lr, mine.momentum, mine.batch_size, mine.params["width"]) == (0.1, 0.9, 150, 5)
 
 
+def test_a_method_may_learn_at_a_pace_of_its_own_unless_told():
+    made = resolve(Settings(method="iic+selflabel"), 400, (1, 16, 16), CPU).stages
+    assert made[1].lr == pytest.approx(made[0].lr / 20)
+    asked = resolve(Settings(method="iic+selflabel", lr=0.5), 400, (1, 16, 16), CPU).stages
+    assert [s.lr for s in asked] == [0.5, 0.5]
+
+
 def test_an_unknown_preset_is_refused():
     with pytest.raises(ValueError, match="preset must be default or paper; got 'papr'"):
         Settings(preset="papr")

@@ -75,15 +75,21 @@ def test_nothing_sure_is_no_loss_and_no_gradient():
     assert (z.grad == 0).all()
 
 
-def test_at_least_a_share_of_the_batch_is_learned():
-    weak, strong = logits(8, 3), logits(8, 3, seed=1)
-    surest = weak.softmax(1).max(1).values.argsort(descending=True)[:2]
-    targets = torch.full((8,), -1)
-    targets[surest] = weak[surest].argmax(1)
+def test_at_least_a_share_of_every_cluster_is_learned():
+    weak, strong = logits(24, 3), logits(24, 3, seed=1)
+    sure, cluster = weak.softmax(1).max(1)
+    targets = torch.full((24,), -1)
+    for c in range(3):
+        members = (cluster == c).nonzero()[:, 0]
+        few = math.ceil(0.25 * len(members))
+        targets[members[sure[members].argsort(descending=True)[:few]]] = c
+    assert (targets >= 0).sum() > 3
     loss = SureLabels(least=0.25)(torch.stack([weak, strong]), NONE, CLOCK)
     torch.testing.assert_close(loss, balanced_pseudo_label(strong, targets))
-    sure = torch.stack([weak * 1000, strong])  # more than a quarter is: the share changes nothing
-    assert SureLabels(least=0.25)(sure, NONE, CLOCK) == SureLabels(least=0.0)(sure, NONE, CLOCK)
+    certain = torch.stack([weak * 1000, strong])  # more than a quarter is: the share changes nothing
+    assert SureLabels(least=0.25)(certain, NONE, CLOCK) == SureLabels(least=0.0)(certain, NONE, CLOCK)
+    lonely = torch.stack([torch.eye(3)[:1].repeat(24, 1), strong])  # two clusters are empty
+    assert SureLabels(least=0.25)(lonely, NONE, CLOCK).isfinite()
 
 
 @pytest.mark.parametrize(
