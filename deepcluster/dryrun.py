@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deepcluster import decode, doctor
+from deepcluster.batches import train_batches
 from deepcluster.decode import BadImage
 from deepcluster.model import Model
 from deepcluster.plan import Plan, Stage, starting_point
@@ -98,15 +99,16 @@ def _try(plan: Plan, stage: Stage, sample: Store) -> tuple[int, int, float]:
     def clock(report: Report) -> None:
         seconds.append(report.seconds)
 
-    training = Training(2, batch, stage.lr, seed=plan.seed, bf16=plan.bf16)  # the first epoch warms up
+    training = Training(
+        2, batch, stage.lr, stage.momentum, stage.weight_decay, seed=plan.seed, bf16=plan.bf16
+    )  # the first epoch warms up
     identity: Callable[[Tensor], Tensor] = lambda x: x  # noqa: E731
-    fit(model, sample, recipe, training, [clock], known=torch.arange(len(sample)) % recipe.heads[0])  # made up
-    with torch.autograd.graph.saved_tensors_hooks(pack, identity):
-        views = len(recipe.views)
-        images = torch.zeros(batch, *sample.shape, device=sample.device)
-        with torch.autocast(sample.device.type, torch.bfloat16, enabled=plan.bf16):
-            model([images] * views)
-    weights = sum(p.nbytes for p in model.state_dict().values())
+    state = fit(model, sample, recipe, training, [clock], known=torch.arange(len(sample)) % recipe.heads[0])  # made up
+    batches = train_batches(sample, state.targets, recipe, batch, plan.seed)
+    half = torch.autocast(sample.device.type, torch.bfloat16, enabled=plan.bf16)
+    with half, torch.autograd.graph.saved_tensors_hooks(pack, identity):
+        state.network(next(iter(batches)).views)
+    weights = sum(p.nbytes for p in state.network.state_dict().values())
     return weights, sum(kept.values()), seconds[-1]
 
 

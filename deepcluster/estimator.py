@@ -197,8 +197,9 @@ class DeepCluster(ClusterMixin, TransformerMixin, BaseEstimator):
         saved: dict | None = None,
     ) -> "DeepCluster":  # fmt: skip
         began = time.perf_counter()
+        self._learnt = {store.sha1[i] for i in np.flatnonzero(known.given)} if known else set()
         if known:
-            true = evaluate.unseen(true, store.sha1, {store.sha1[i] for i in np.flatnonzero(known.given)})
+            true = evaluate.unseen(true, store.sha1, self._learnt)
             logger.info("%d labels are used in training: of %s", len(known), ", ".join(known.names))
         hooks = []
         if out:
@@ -255,8 +256,10 @@ class DeepCluster(ClusterMixin, TransformerMixin, BaseEstimator):
         return self._predict(X)[1]["features"]
 
     def score(self, X: Any, y: Any) -> float:
-        """Clustering accuracy of the predictions against true classes ``y`` (n_images,)."""
-        return metrics.accuracy(self.predict(X), np.asarray(y))
+        """Clustering accuracy against true classes ``y`` (n_images,), without images whose label training was given."""
+        store, found = self._predict(X)
+        kept = [one not in getattr(self, "_learnt", ()) for one in store.sha1]
+        return metrics.accuracy(found["cluster"][kept], np.asarray(y)[kept])
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Write the classifier: safetensors and JSON."""
@@ -282,7 +285,7 @@ def load(run: str | os.PathLike, device: str = AUTO) -> DeepCluster:
     table = outputs.read_assignments(Path(run))
     self = DeepCluster.from_pretrained(Path(run) / "model", device)
     self._keep(self.classifier_, table["cluster"].to_numpy(), table["path"].to_pylist(), [], plan)
-    self.out = run
+    self.out, self._learnt = run, outputs.learnt(table)
     return self
 
 

@@ -77,7 +77,8 @@ def contrastive(u: Tensor, v: Tensor, *, temperature: float = 0.5) -> Tensor:
     Returns:
         Scalar >= 0, the mean over all 2B anchors; ln(2B - 1) when all vectors are equal.
     """
-    z = torch.cat([u, v]).float()
+    u = _rows_of_all(u.float())
+    z = torch.cat([u, _rows_of_all(v.float())])
     with torch.autocast(z.device.type, enabled=False):
         scores = z @ z.T / temperature
     scores.fill_diagonal_(float("-inf"))

@@ -5,6 +5,7 @@ their size and channels, how many clusters, which device.
 """
 
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ from deepcluster.views import VIEWS
 
 EPOCHS = 23  # of a stage with passes = 1 on 10,000 images; eight times as many images get half as many
 TOGETHER = 2.5  # passes of all stages of a plan together, at most
-PLANS = {True: "iic+sela+sela", False: "simclr+sela"}  # the default for grey and for colour images; see docs/results.md
+FEW, MANY = (
+    "iic+sela+sela",
+    "simclr+sela",
+)  # the default for few kinds of grey images, and for all else; docs/results.md
 
 
 def image_size(seen: Probe, device: torch.device) -> int:
@@ -47,10 +51,12 @@ def choose_size(settings: Settings, source: Source, device: torch.device) -> tup
     return size, seen.channels
 
 
-def _stages(settings: Settings, grey: bool) -> list[tuple[str, dict[str, Any]]]:
+def _stages(settings: Settings, grey: bool, n_images: int | None = None) -> list[tuple[str, dict[str, Any]]]:
     """Methods and their parameters, in order, checked: the paper's where these are asked for, over them the user's."""
-    paper = settings.preset == "paper"
-    plan = {AUTO: PLANS[grey]}.get(settings.method, settings.method)
+    paper, plan = settings.preset == "paper", settings.method
+    if plan == AUTO:  # iic wants a twentieth of k squared images a batch
+        most = settings.batch_size if n_images is None else _batch_size(n_images, settings.batch_size)
+        plan = FEW if grey and (most == AUTO or settings.n_clusters**2 <= 20 * int(most)) else MANY
     stages: list[tuple[str, dict[str, Any]]] = []
     used: set[str] = set()
     for name in plan.split("+"):
@@ -58,12 +64,12 @@ def _stages(settings: Settings, grey: bool) -> list[tuple[str, dict[str, Any]]]:
             raise ValueError(f"unknown method {name!r}; {hint(name, [*METHODS, AUTO])}")
         known = inspect.signature(METHODS[name]).parameters
         params: dict[str, Any] = {"n_clusters": settings.n_clusters}
-        if settings.overcluster != AUTO and "overcluster" in known:
-            params["overcluster"] = settings.overcluster
         if "view" in known:  # photographs are cropped; a crop of a character is another character
             params["view"] = "strong" if grey else "crop"
         if paper:
             params |= {key: value for key, value in PAPER[name].items() if key in known}
+        if settings.overcluster != AUTO and "overcluster" in known:
+            params["overcluster"] = settings.overcluster
         for key, value in settings.params.items():
             stage, _, short = key.rpartition(".")
             if short == "n_clusters":
@@ -173,7 +179,7 @@ def _batch_size(n_images: int, asked: int | str, name: str = "", recipe: Recipe 
     usual = min(256 if n_images < 50_000 else 512, max(2, n_images // 4))
     batch = usual if asked == AUTO else int(asked)
     if recipe and asked == AUTO:
-        batch = max(usual, min(recipe.least_batch, n_images))
+        batch = max(usual, min(recipe.least_batch, n_images // 3))  # three steps an epoch are few enough
     if recipe and batch < recipe.least_batch:
         raise ValueError(
             f"{name} with up to {max(recipe.heads)} clusters a head needs batches of at least {recipe.least_batch} "
@@ -181,6 +187,20 @@ def _batch_size(n_images: int, asked: int | str, name: str = "", recipe: Recipe 
             "or ask for fewer clusters with --n-clusters or --overcluster 1"
         )
     return batch
+
+
+def _unlabelled(run: str) -> None:
+    """Refuse a run that learnt from labels: in the next one they would have a say that nobody sees.
+
+    Raises:
+        ValueError: it did.
+    """
+    config = Path(run) / "config.json"
+    if config.exists() and json.loads(config.read_text(encoding="utf-8")).get("data", {}).get("use_labels"):
+        raise ValueError(
+            f"{run} learnt from labels (--use-labels), which would enter this run and its scores unsaid; "
+            "give --init-from a run without them"
+        )
 
 
 def resolve(settings: Settings, n_images: int, shape: tuple[int, ...], device: torch.device) -> Plan:
@@ -194,6 +214,8 @@ def resolve(settings: Settings, n_images: int, shape: tuple[int, ...], device: t
         fewer = f"use --n-clusters {max(2, n_images // 5)} or fewer"
         raise ValueError(f"{n_images} images cannot make {k} clusters; {fewer}")
     backbone = settings.backbone
+    if settings.init_from:
+        _unlabelled(settings.init_from)
     if backbone == AUTO and settings.init_from:
         backbone = Classifier.load(Path(settings.init_from) / "model", torch.device("cpu")).spec.backbone
     elif backbone == AUTO:
@@ -202,7 +224,7 @@ def resolve(settings: Settings, n_images: int, shape: tuple[int, ...], device: t
     bf16 = settings.precision == "bf16" or (
         settings.precision == AUTO and (torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_bf16())
     )
-    named = _stages(settings, grey=shape[0] == 1)
+    named = _stages(settings, shape[0] == 1, n_images)
     share = min(1.0, TOGETHER / sum(make_recipe(name, **params).passes for name, params in named))
     stages = []
     for name, params in named:
@@ -210,7 +232,8 @@ def resolve(settings: Settings, n_images: int, shape: tuple[int, ...], device: t
         params = {**defaults, **params}  # written out, so that a run goes on the same after a default has changed
         hard = {k: v for k, v in PAPER[name].items() if k in OPTIMISER} if settings.preset == "paper" else {}
         if "batch_size" in hard:
-            hard["batch_size"] = min(hard["batch_size"], n_images)
+            least = make_recipe(name, **params).least_batch
+            hard["batch_size"] = min(max(hard["batch_size"], least), n_images)
         hard |= {k: v for k, v in (("lr", settings.lr), ("batch_size", settings.batch_size)) if v != AUTO}
         size = hard.pop("batch_size", AUTO)
         recipe = make_recipe(name, **params)

@@ -222,6 +222,8 @@ class Recipe:
 
 METHODS: dict[str, Callable[..., Recipe]] = {}
 PAPER: dict[str, dict[str, Any]] = {}  # of each method: what ``--preset paper`` changes
+DIVIDES = {"temperature", "epsilon", "alpha"}  # parameters that may not be 0
+SHARES = {"least", "threshold", "uda_threshold", "begin", "end", "ramp"}  # parameters in [0, 1]
 OPTIMISER = ("lr", "momentum", "weight_decay", "batch_size")  # what a paper may fix besides a method's own parameters
 
 
@@ -259,6 +261,9 @@ def make_recipe(name: str, /, **kwargs: object) -> Recipe:
         fits = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
         if not fits or (kind is not bool and isinstance(value, bool)):
             raise ValueError(f"{name}: {key} must be {kind.__name__} (default {known[key].default!r}); got {value!r}")
+        if (key in DIVIDES and value == 0) or (key in SHARES and value > 1):  # type: ignore[operator]
+            allowed = "above 0" if key in DIVIDES else "at most 1"
+            raise ValueError(f"{name}: {key} must be {allowed} (default {known[key].default!r}); got {value!r}")
         least = {int: 2 if key == "n_clusters" else 1, float: 0}.get(kind)
         if least is not None and not least <= value < math.inf:  # type: ignore[operator]
             raise ValueError(f"{name}: {key} must be at least {least} (default {known[key].default!r}); got {value!r}")

@@ -9,6 +9,7 @@ float32 in [0, 1]. Labels are read for the scores only. Exit codes: 0 done, 2 wr
 
 kmeans        scikit-learn's KMeans, n_init=10
 spectral      scikit-learn's SpectralClustering on the graph of nearest neighbours; at most 10,000 images
+umap+kmeans   the same embedding as the next, then k-means with K clusters.
 umap+hdbscan  umap-learn to 10 dimensions (n_neighbors=30, min_dist=0), then scikit-learn's HDBSCAN (min_samples=10, as
               umap-learn's page on clustering has it; min_cluster_size a quarter of N / K). It finds its own number of
               clusters; noise stays unassigned: wrong in ACC, no cluster in n_found, one more group in NMI and ARI
@@ -34,7 +35,7 @@ if TYPE_CHECKING:  # compare.py imports this file, and must stay small: see run(
 
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTPY = {"dec": "DEC", "idec": "IDEC", "dcn": "DCN", "ddc": "DDC", "vade": "VaDE"}
-NAMES = ("kmeans", "spectral", "umap+hdbscan", *(f"clustpy:{name}" for name in CLUSTPY))
+NAMES = ("kmeans", "spectral", "umap+hdbscan", "umap+kmeans", *(f"clustpy:{name}" for name in CLUSTPY))
 LIMITS = {"spectral": 10_000, "clustpy:ddc": 20_000}  # images; beyond, memory grows past an ordinary machine's
 MISSING = "not installed: pip install 'deepcluster[bench]'"
 NOT_INSTALLED = 4
@@ -66,12 +67,12 @@ def read(args: argparse.Namespace) -> tuple["np.ndarray", "np.ndarray", Any]:
     if true is None:
         raise ValueError(f"{source.location} has no classes to compare with; give --labels FILE.csv with path,label")
     x = store.data.numpy()[store.rows]
-    return (x / np.float32(255) if x.ndim == 4 else x), true, device
+    return (x / np.float32(255) if x.ndim == 4 else standardised(x)), true, device
 
 
 def standardised(x: "np.ndarray") -> "np.ndarray":
-    """Mean 0 and deviation 1, a channel of images or the whole of vectors."""
-    axes = (0, 2, 3) if x.ndim == 4 else None
+    """Mean 0 and deviation 1, of each channel of images or feature of vectors."""
+    axes = (0, 2, 3) if x.ndim == 4 else 0
     return (x - x.mean(axes, keepdims=True)) / (x.std(axes, keepdims=True) + 1e-8)
 
 
@@ -86,25 +87,29 @@ def cluster(name: str, x: "np.ndarray", k: int, seed: int, device: Any) -> tuple
     """(N,) labels by one baseline, -1 for unassigned, and how its input was scaled."""
     from sklearn.cluster import KMeans, SpectralClustering
 
-    flat = x.reshape(len(x), -1)
+    flat, scaled = x.reshape(len(x), -1), "[0, 1]" if x.ndim == 4 else "standardised a feature"
     if name == "kmeans":
-        return KMeans(k, n_init=10, random_state=seed).fit(flat).labels_, "[0, 1]"
+        return KMeans(k, n_init=10, random_state=seed).fit(flat).labels_, scaled
     if name == "spectral":
         spectral = SpectralClustering(k, affinity="nearest_neighbors", random_state=seed)
-        return spectral.fit(flat).labels_, "[0, 1]"
-    if name == "umap+hdbscan":
+        return spectral.fit(flat).labels_, scaled
+    if name in ("umap+hdbscan", "umap+kmeans"):
         from umap import UMAP
 
         umap = UMAP(n_components=10, n_neighbors=min(30, len(x) - 1), min_dist=0.0, random_state=seed, n_jobs=1)
-        return hdbscan(umap.fit_transform(flat), k), "[0, 1]"
+        z = umap.fit_transform(flat)
+        found = hdbscan(z, k) if name == "umap+hdbscan" else KMeans(k, n_init=10, random_state=seed).fit(z).labels_
+        return found, scaled
     import clustpy.deep
 
     kind = name.split(":")[1]
     asked = {} if kind == "ddc" else {"n_clusters": k}
     model = getattr(clustpy.deep, CLUSTPY[kind])(**asked, random_state=seed, device=device)
     if kind != "vade":
-        flat = standardised(x).reshape(len(x), -1)
-    return model.fit(flat).labels_, "[0, 1]" if kind == "vade" else "standardised a channel"
+        flat, scaled = standardised(x).reshape(len(x), -1), "standardised a channel or feature"
+    elif x.ndim == 2:  # it wants [0, 1]
+        flat, scaled = (flat - flat.min(0)) / (np.ptp(flat, 0) + 1e-8), "min to max of a feature"
+    return model.fit(flat).labels_, scaled
 
 
 def result(labels: "np.ndarray", true: "np.ndarray", k: int) -> dict[str, Any]:

@@ -537,3 +537,14 @@ def test_wrong_y():
 def test_use_labels_is_yes_or_no():
     with pytest.raises(ValueError, match="use_labels must be true or false"):
         Settings(use_labels="few.csv")
+
+
+def test_score_leaves_given_images_out_also_after_loading(tmp_path):
+    x = np.random.default_rng(0).integers(0, 255, (40, 8, 8), dtype=np.uint8)
+    y = np.where(np.arange(40) < 20, np.arange(40) % 2, -1)
+    options = {"epochs": 1, "batch_size": 10, "image_size": 8, "out": tmp_path / "run"}
+    model = DeepCluster(2, method="fixmatch", use_labels=True, **options).fit(x, y)
+    labels = np.concatenate([np.arange(20) % 2, model.labels_[20:]])  # right wherever training was not given the label
+    wrong = np.concatenate([1 - model.labels_[:20], model.labels_[20:]])  # and wrong wherever it was
+    for one in (model, load(tmp_path / "run")):
+        assert one.score(x, labels) == one.score(x, wrong) == 1

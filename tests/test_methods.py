@@ -18,6 +18,7 @@ import deepcluster.methods  # noqa: F401
 from deepcluster import checkpoint, dist, stages
 from deepcluster.batches import train_batches
 from deepcluster.features import extract
+from deepcluster.losses import contrastive
 from deepcluster.plan import resolve
 from deepcluster.recipe import METHODS, OPTIMISER, PAPER, Clock, Recipe, Targets, make_recipe
 from deepcluster.settings import Settings
@@ -210,7 +211,16 @@ def train_all(rank: int, port: int, folder: Path) -> None:
         state = train(recipe_of(name), Training(epochs=2, batch_size=32, lr=0.01))
         found = {"labels": state.targets.labels, "predicted": state.predicted, "losses": state.head_losses}
         out[name] = state.network.state_dict() | found | {"partners": state.targets.partners}
+    lo, hi = dist.shard(16)
+    u, v = (x[lo:hi].clone().requires_grad_() for x in unit_pairs())
+    contrastive(u, v).backward()
+    out["contrastive"] = {"loss": contrastive(u, v).detach(), "slope": dist.all_cat(u.grad / dist.world())}
     torch.save(out, folder / f"{rank}.pt")
+
+
+def unit_pairs() -> list[torch.Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    return [torch.nn.functional.normalize(torch.randn(16, 5, generator=rng), dim=1) for _ in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +240,16 @@ def test_two_processes_end_with_one_model_and_one_set_of_labels(name, two_proces
     first, second = (held[name] for held in two_processes)
     assert_same(first, second)
     assert all(value.isfinite().all() for value in first.values())
+
+
+@pytest.mark.ddp
+def test_simclr_tells_images_apart_over_all_processes(two_processes):
+    u, v = (x.requires_grad_() for x in unit_pairs())
+    loss = contrastive(u, v)
+    loss.backward()
+    for held in two_processes:
+        torch.testing.assert_close(held["contrastive"]["loss"], loss.detach())
+        torch.testing.assert_close(held["contrastive"]["slope"], u.grad)
 
 
 # --- clusters ---

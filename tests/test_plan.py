@@ -9,7 +9,7 @@ from deepcluster import plan
 from deepcluster.backbones import make_backbone
 from deepcluster.losses import pseudo_label
 from deepcluster.plan import TOGETHER, Plan, check, resolve
-from deepcluster.recipe import METHODS, PAPER, Recipe, method
+from deepcluster.recipe import METHODS, PAPER, Recipe, make_recipe, method
 from deepcluster.settings import Settings
 from deepcluster.store import Probe
 
@@ -187,9 +187,9 @@ def test_of_few_images_fewer_overclusters_are_asked_unless_the_user_did(toy):
     assert one(n=2000, n_clusters=40).params["overcluster"] == 3
     assert one(n=2000, batch_size=40).params["overcluster"] == 2
     for asked in ({"overcluster": 5}, {"params": {"overcluster": 5}}, {"params": {"toy.overcluster": 5}}):
-        with pytest.raises(ValueError, match="needs batches of at least 100 images; got 60"):
+        with pytest.raises(ValueError, match="needs batches of at least 100 images; got 20 of 60"):
             one(n=60, **asked)
-    with pytest.raises(ValueError, match="needs batches of at least 100 images; got 60"):
+    with pytest.raises(ValueError, match="needs batches of at least 100 images; got 20 of 60"):
         one(n=60, n_clusters=50)
 
 
@@ -205,3 +205,43 @@ def test_a_method_that_continues_needs_clusters_to_go_on_with(toy, method):
     with pytest.raises(ValueError, match="let one come right before it"):
         check(Settings(method=method, params={"width": 1}))
     check(Settings(method="sela+toy", params={"width": 1}))
+
+
+@pytest.mark.parametrize(("n", "k"), [(300, 80), (1797, 190), (5000, 1000), (60_000, 1000), (120, 60)])
+def test_the_default_plan_takes_many_clusters_with_batches_of_a_usual_size(n, k):
+    made = resolve(Settings(n_clusters=k), n, (1, 16, 16), CPU)
+    assert all(stage.batch_size <= 512 for stage in made.stages)
+    assert "iic" not in [stage.method for stage in made.stages]
+    assert resolve(Settings(), n, (1, 16, 16), CPU).stages[0].method == "iic"
+
+
+def test_a_batch_is_not_raised_to_most_of_the_images():
+    with pytest.raises(ValueError, match="needs batches of at least 4500"):
+        resolve(Settings(method="iic", n_clusters=300, overcluster=1), 10_000, (1, 16, 16), CPU)
+
+
+@pytest.mark.parametrize("over", [1, 3])
+def test_the_users_overcluster_wins_over_the_papers(over):
+    made = resolve(Settings(method="iic", preset="paper", overcluster=over), 2000, (1, 16, 16), CPU)
+    assert made.stages[0].params["overcluster"] == over
+
+
+def test_a_papers_batch_is_as_large_as_the_number_of_clusters_needs():
+    made = resolve(Settings(method="simclr+scan", preset="paper", n_clusters=50), 10_000, (3, 32, 32), CPU)
+    assert [s.batch_size for s in made.stages] == [1024, 200]
+
+
+def test_a_run_that_learnt_from_labels_is_no_start_for_one_without(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"data": {"use_labels": True}}))
+    with pytest.raises(ValueError, match=r"learnt from labels .* give --init-from a run without them"):
+        resolve(Settings(method="sela", init_from=str(tmp_path)), 100, (1, 16, 16), CPU)
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "value"),
+    [("swav", "temperature", 0), ("swav", "epsilon", 0), ("simclr", "temperature", 0.0), ("pcl", "alpha", 0),
+     ("selflabel", "least", 2), ("fixmatch", "threshold", 1.5)],
+)  # fmt: skip
+def test_what_divides_is_above_0_and_a_share_at_most_1(method, key, value):
+    with pytest.raises(ValueError, match=f"{method}: {key} must be (above 0|at most 1)"):
+        make_recipe(method, **{key: value})

@@ -30,7 +30,7 @@ class SphericalKMeans:
 
     def __call__(self, features: Tensor, heads: Sequence[Head], previous: Targets, seed: int) -> Targets:
         unit, labels = F.normalize(features, dim=1), []
-        if not bool(unit.isfinite().all()):
+        if dist.all_max((~unit.isfinite()).any().float()):  # on any rank, or the others would wait for this one
             raise FloatingPointError("features are not finite; lower lr, or use precision fp32")
         for h, head in enumerate(heads):
             own = (seed + h) % 2**31

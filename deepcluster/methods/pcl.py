@@ -33,6 +33,8 @@ def directions(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     n = dist.all_sum(torch.tensor(float(len(x)), dtype=x.dtype, device=x.device))
     mean = dist.all_sum(x.sum(0)) / n
     variance = dist.all_sum((x - mean).square().sum(0)) / n
+    if not bool((mean.isfinite() & variance.isfinite()).all()):  # sums over all ranks: they agree
+        raise FloatingPointError("features are not finite; lower lr, or use precision fp32")
     unit = F.normalize(((x - mean) * (variance + 1e-5).rsqrt()).float(), dim=1)
     return unit, mean.float(), variance.float()
 
