@@ -7,6 +7,7 @@ paper's: with every epoch, 46 of them). The mean is over selected pairs. Scores 
 the softmax, without which all pairs start out alike, and start further apart where clusters are few. ``balance`` times
 (ln K - entropy of the mean assignment) is added, as nothing in the paper keeps clusters from dying out. Many heads
 compete: what one takes for a pair in the first epochs it keeps to, and the one with the lowest loss is most often good.
+AdamW instead of RMSProp.
 """
 
 import math

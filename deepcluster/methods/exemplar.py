@@ -3,7 +3,7 @@
 Every chosen image is a surrogate class, and its augmentations are the members.
 Deviations: whole images drawn at random, not patches drawn where gradients are large; views are drawn anew each time,
 not a fixed set of some hundred; the package's augmentations instead of the paper's, which also has colour along
-principal components; AdamW instead of SGD.
+principal components; AdamW instead of SGD by default.
 """
 
 from collections.abc import Sequence

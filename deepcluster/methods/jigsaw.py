@@ -8,7 +8,7 @@ average (the paper: on average only, where two of 24 may differ in two tiles; he
 the image's side, so that small networks can take them. Against shortcuts: a tile is cut anywhere in its cell, as in the
 paper; brightness, contrast, saturation and hue are drawn anew for every tile, where the paper makes mean and deviation
 of a tile 0 and 1; a tile is grey with probability 0.3 (the paper: an image), and colour channels are not shifted
-against each other. AdamW and BatchNorm instead of SGD without.
+against each other. BatchNorm; AdamW instead of SGD by default.
 """
 
 from functools import lru_cache

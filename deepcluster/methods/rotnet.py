@@ -2,7 +2,7 @@
 
 As in the paper all four rotations of an image are in a batch, each by exact transposition, which leaves no trace.
 Deviations: each rotation is augmented on its own, by more than the paper's crops, and never mirrored (a mirrored
-quarter turn is a turn the other way); the head has two hidden layers, not one linear one; AdamW instead of SGD.
+quarter turn is a turn the other way); the head has two hidden layers, not one linear one; AdamW by default.
 """
 
 import torch

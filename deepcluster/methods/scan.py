@@ -4,7 +4,7 @@ Neighbours are mined once, in the features of the stage before (a pretext: ``sim
 
 Deviations: they are found in the backbone's features, not in the pretext's projection, which is thrown away; an image
 is no neighbour of itself (in the authors' code it is one of 21); the image is seen as it is and its neighbour augmented
-(``first`` sets it; the paper augments both); several heads compete; the views are ours; AdamW by default.
+(``first`` sets it; the paper augments both); several heads compete; the views are ours; AdamW instead of Adam.
 """
 
 from dataclasses import dataclass

@@ -4,7 +4,7 @@ It goes on with the clusters of the stage before (``simclr+scan+selflabel``, or 
 
 Deviations: where few images of a cluster are above the threshold, the surest ``least`` of it are taken, or small data
 and many clusters would teach nothing (the authors' code stops there); of every cluster, or the surest one would take
-over the others; no moving average of the weights; AdamW by default, at a twentieth of the usual learning rate.
+over the others; no moving average of the weights; AdamW instead of Adam, at a twentieth of the usual learning rate.
 """
 
 from dataclasses import dataclass
