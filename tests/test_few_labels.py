@@ -463,6 +463,7 @@ def test_a_stopped_run_goes_on_with_the_same_labels(here, capsys, monkeypatch, s
     assert scores[0] == scores[1]
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_processes(here):
     with socket.socket() as free:

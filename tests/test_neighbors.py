@@ -174,6 +174,7 @@ def pair(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_processes_compute_what_one_computes(pair):
     for key, expected in results().items():
@@ -181,6 +182,7 @@ def test_two_processes_compute_what_one_computes(pair):
             torch.testing.assert_close(pair[rank]["results"][key], expected, msg=lambda m, k=key: f"{k}: {m}")
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 @pytest.mark.parametrize("name", ["swav", "deepcluster_v2", "scan", "selflabel"])
 def test_processes_that_train_together_agree(pair, name):

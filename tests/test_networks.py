@@ -210,6 +210,7 @@ def train_together(rank, port, folder):
     torch.save(out, folder / f"{rank}.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_processes_hold_the_same_teacher_queue_predictor_and_centroids(tmp_path: Path):
     with socket.socket() as free:
