@@ -26,10 +26,8 @@ from deepcluster.views import VIEWS
 
 EPOCHS = 23  # of a stage with passes = 1 on 10,000 images; eight times as many images get half as many
 TOGETHER = 2.5  # passes of all stages of a plan together, at most
-FEW, MANY = (
-    "iic+sela+sela",
-    "simclr+sela",
-)  # the default for few kinds of grey images, and for all else; docs/results.md
+FEW = "iic+sela+sela"  # the default for few kinds of grey images; see docs/results.md
+MANY = "simclr+sela"  # and for all else
 
 
 def image_size(seen: Probe, device: torch.device) -> int:

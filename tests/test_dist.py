@@ -1,14 +1,12 @@
 """Two processes get what one gets. Everything runs in a single pair of gloo processes, compared part by part."""
 
 import os
-import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from tiny import make_model, tiny_store
+from tiny import make_model, tiny_store, two_ranks
 
 import deepcluster.methods  # noqa: F401
 from deepcluster import assign, dist, kmeans
@@ -182,11 +180,7 @@ def work(rank, port, folder):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, (port, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return two_ranks(work, folder)
 
 
 @pytest.fixture(scope="module")

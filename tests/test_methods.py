@@ -4,15 +4,13 @@ import inspect
 import math
 import os
 import re
-import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from tiny import make_model, tiny_store
+from tiny import make_model, tiny_store, two_ranks
 
 import deepcluster.methods  # noqa: F401
 from deepcluster import checkpoint, dist, stages
@@ -227,11 +225,7 @@ def unit_pairs() -> list[torch.Tensor]:
 def two_processes(tmp_path_factory):
     """What each of two processes that trained together holds in the end, by method."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(train_all, (port, folder), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return two_ranks(train_all, folder)
 
 
 @pytest.mark.ddp

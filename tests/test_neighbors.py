@@ -1,14 +1,12 @@
 """Nearest neighbours against all pairs, over one process and two; and what two processes make of the methods here."""
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
-from tiny import make_model, tiny_store
+from tiny import make_model, tiny_store, two_ranks
 
 import deepcluster.methods  # noqa: F401
 from deepcluster import dist, neighbors
@@ -167,11 +165,7 @@ def work(rank, port, folder):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, (port, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return two_ranks(work, folder)
 
 
 @pytest.mark.slow

@@ -2,13 +2,11 @@
 
 import copy
 import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from tiny import make_model, tiny_store
+from tiny import make_model, tiny_store, two_ranks
 from torch import nn
 
 import deepcluster.methods  # noqa: F401
@@ -213,11 +211,7 @@ def train_together(rank, port, folder):
 @pytest.mark.slow
 @pytest.mark.ddp
 def test_two_processes_hold_the_same_teacher_queue_predictor_and_centroids(tmp_path: Path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(train_together, (port, tmp_path), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = two_ranks(train_together, tmp_path)
     for name, values in first.items():
         for key, value in values.items():
             assert torch.equal(value, second[name][key]), f"{name}: {key}"

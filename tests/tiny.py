@@ -1,9 +1,13 @@
 """What the tests of the core share: a store of noise, and a network that trains in milliseconds."""
 
 import hashlib
+import socket
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import deepcluster.methods  # noqa: F401
@@ -32,3 +36,12 @@ def make_model(recipe: Recipe, seed: int = 0, channels: int = 1) -> Model:
     torch.manual_seed(seed)
     layers = [nn.Conv2d(channels, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
     return Model(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten()), 32, recipe.heads, recipe.head)
+
+
+def two_ranks(work: Callable[[int, int, Path], None], folder: Path) -> list[dict]:
+    """What two processes write to folder/RANK.pt in ``work(rank, port, folder)``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(work, (port, folder), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
