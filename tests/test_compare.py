@@ -238,3 +238,8 @@ def test_a_method_and_a_baseline_see_the_same_images(tmp_path):
     assert found["method"]["options"] == options.split()
     assert found["method"]["n_found"] <= 10
     assert len(rows(got.stdout)) == 2
+
+
+def test_every_feature_of_vectors_counts_alike():
+    x = np.random.default_rng(0).normal(size=(200, 2)) * [1.0, 1000.0]
+    np.testing.assert_allclose(baselines.standardised(x).std(0), [1, 1], atol=1e-6)
