@@ -9,7 +9,8 @@ is image i of the source, also if that could not be read: rows are left out, nev
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from deepcluster import decode, dist, doctor
 from deepcluster.sources import Source
-from deepcluster.store.cache import NoCacheError, Progress, Work, build, key, mapped, none_good
+from deepcluster.store.cache import RUN, Block, NoCacheError, Progress, Work, build, key, mapped, none_good, whole
 
 
 class Probe(NamedTuple):
@@ -148,12 +149,52 @@ def open_store(
     return _assemble(source, torch.from_numpy(images), digests, index["bad"], device, place)
 
 
+def stream(
+    source: Source,
+    *,
+    size: int,
+    channels: int,
+    device: torch.device = torch.device("cpu"),  # noqa: B008  (immutable)
+    workers: int | None = None,
+    rows: int = 4096,
+    progress: Progress = lambda it, **_: it,
+) -> Iterator[Store]:
+    """The images of ``source`` in order, about ``rows`` at a time, each part a store that is forgotten after use.
+
+    For sources of any length that are read once. Parts come from the cache if the source is there; nothing is written.
+    Arguments and errors are those of ``open_store``; a part in which all images are bad is empty.
+    """
+    shape = (len(source.names), channels, size, size)
+    if source.features is not None or whole(doctor.cache_dir() / key(source, shape), shape):
+        store = open_store(source, size=size, channels=channels, device=device, workers=workers)
+        skipped = store.skipped
+        for lo in range(0, len(store), rows):
+            part = slice(lo, lo + rows)
+            yield replace(store, rows=store.rows[part], names=store.names[part], sha1=store.sha1[part], skipped=skipped)
+            skipped = []
+        return
+    rows -= rows % RUN
+    blocks: list[Block] = []
+    first, listed = 0, source.skipped
+    for block in Work(source, shape, workers or doctor.cpu_count(), progress).blocks(ahead=rows // RUN):
+        blocks.append(block)
+        last = first + sum(len(one.images) for one in blocks)
+        if last - first >= rows or last == shape[0]:
+            here = replace(source, names=source.names[first:last], skipped=listed)
+            images, digests = (np.concatenate([one[i] for one in blocks]) for i in (0, 1))
+            bad = [(i - first, reason) for one in blocks for i, reason in one.bad]
+            yield _assemble(here, torch.from_numpy(images), digests, bad, device, "memory")
+            blocks, first, listed = [], last, []
+
+
 def _feature_store(source: Source, features: np.ndarray, device: torch.device, budget: int) -> Store:
     features = np.require(features, np.float32, ["C", "W"])  # torch wants arrays it could write to
     digests = np.frombuffer(b"".join(hashlib.sha1(row.data).digest() for row in features), np.uint8).reshape(-1, 20)
     bad = [(int(i), "not finite: has nan or infinite values") for i in np.flatnonzero(~np.isfinite(features).all(1))]
     place = _place(features.nbytes, device, budget)
     place = "device" if place == "device" else "memory"
+    if len(bad) == len(features):
+        raise ValueError(none_good(source, bad))
     return _assemble(source, torch.from_numpy(features), digests, bad, device, place)
 
 
@@ -164,8 +205,6 @@ def _assemble(
     good[[i for i, _ in bad]] = False
     rows = np.flatnonzero(good).astype(np.int64)
     skipped = [*source.skipped, *((source.names[i], reason) for i, reason in bad)]
-    if not len(rows):
-        raise ValueError(none_good(source, bad))
     digits = digests[rows].tobytes().hex()
     sha1 = [digits[i : i + 40] for i in range(0, len(digits), 40)]
     names = [source.names[i] for i in rows] if bad else source.names

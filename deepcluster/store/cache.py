@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,13 +33,22 @@ Progress = Callable[..., Iterable]
 
 
 def none_good(source: Source, bad: list[tuple[int, str]]) -> str:
-    """The error of a source without a single good image."""
-    return f"{source.location}: none of {len(bad)} can be used; for example {source.names[bad[0][0]]}: {bad[0][1]}"
+    """The error of a source without a single good image; ``bad``: some of them."""
+    row, reason = bad[0]
+    return f"{source.location}: none of {len(source.names)} can be used; for example {source.names[row]}: {reason}"
 
 
 def key(source: Source, shape: tuple[int, ...]) -> str:
     """Name of the store of this content at this shape."""
     return hashlib.sha1(f"{source.signature} {shape} {decode.VERSION}".encode()).hexdigest()
+
+
+class Block(NamedTuple):
+    """Some images in a row."""
+
+    images: np.ndarray  # (B, C, H, W) uint8, black where bad
+    sha1: np.ndarray  # (B, 20) uint8
+    bad: list[tuple[int, str]]  # (row, reason)
 
 
 @dataclass(frozen=True)
@@ -58,36 +67,41 @@ class Work:
     def run(self, write: Callable[[int, np.ndarray], Any], digests: np.ndarray) -> list[tuple[int, str]]:
         """Call ``write(row, block)`` with all images in order, fill ``digests``; returns (row, reason) of bad ones."""
         bad: list[tuple[int, str]] = []
-        with ThreadPoolExecutor(self.workers) as pool:
-            try:
-                for _ in self.progress(self._steps(pool, write, digests, bad), total=self.shape[0], desc="decoding"):
-                    pass
-            finally:
-                pool.shutdown(cancel_futures=True)
-        if len(bad) == self.shape[0]:
-            raise ValueError(none_good(self.source, bad))
-        return bad
-
-    def _steps(
-        self,
-        pool: ThreadPoolExecutor,
-        write: Callable[[int, np.ndarray], Any],
-        digests: np.ndarray,
-        bad: list[tuple[int, str]],
-    ) -> Iterator[int]:
-        starts = iter(range(0, self.shape[0], RUN))
-        ahead = deque(pool.submit(self._block, start) for start in itertools.islice(starts, self.workers + 2))
         row = 0
-        while ahead:  # a bounded queue: no more is decoded than is about to be written
-            block, sums, reasons = ahead.popleft().result()
-            ahead.extend(pool.submit(self._block, start) for start in itertools.islice(starts, 1))
+        for block, sums, reasons in self.blocks():
             write(row, block)
             digests[row : row + len(block)] = sums
             bad += reasons
-            yield from range(row, row + len(block))
             row += len(block)
+        return bad
 
-    def _block(self, start: int) -> tuple[np.ndarray, np.ndarray, list[tuple[int, str]]]:
+    def blocks(self, ahead: int = 2) -> Iterator[Block]:
+        """All images in order, RUN at a time; ``ahead`` blocks are decoded in advance, besides one a worker.
+
+        Raises:
+            ValueError: at the end, if all of them were bad.
+        """
+        starts = iter(range(0, self.shape[0], RUN))
+        ticks = iter(self.progress(range(self.shape[0]), total=self.shape[0], desc="decoding"))
+        n_bad = 0
+        with ThreadPoolExecutor(self.workers) as pool:
+            try:
+                todo = deque(
+                    pool.submit(self._block, start) for start in itertools.islice(starts, self.workers + ahead)
+                )
+                while todo:  # a bounded queue: no more is decoded than is about to be used
+                    one = todo.popleft().result()
+                    todo.extend(pool.submit(self._block, start) for start in itertools.islice(starts, 1))
+                    n_bad += len(one.bad)
+                    yield one
+                    deque(itertools.islice(ticks, len(one.images)), maxlen=0)
+            finally:
+                pool.shutdown(cancel_futures=True)
+        next(ticks, None)  # so that the bar is closed
+        if n_bad == self.shape[0]:
+            raise ValueError(none_good(self.source, one.bad))
+
+    def _block(self, start: int) -> Block:
         n, channels, size, _ = self.shape
         stop = min(start + RUN, n)
         block = np.zeros((stop - start, channels, size, size), np.uint8)
@@ -104,7 +118,7 @@ class Work:
                 bad.append((i, str(error)))
             except Exception as error:  # a reader of damaged shards raises as freely as a decoder
                 bad.append((i, f"cannot read: {' '.join(str(error).split())[:80] or type(error).__name__}"))
-        return block, sums, bad
+        return Block(block, sums, bad)
 
 
 class NoCacheError(Exception):
