@@ -1,9 +1,10 @@
 """What training leaves: a backbone, one head, and the order of its clusters. It labels any image, new or old.
 
-Shapes: B or N images, D features, K clusters.
+Shapes: B or N images, D features, K clusters of the head, K' ids: K and those that edits added.
 """
 
 import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,16 @@ from safetensors.torch import load as deserialise
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
+from deepcluster import atomic, edits
 from deepcluster.backbones import make_backbone
 from deepcluster.batches import eval_batches
+from deepcluster.edits import Step, distance
 from deepcluster.model import HEADS, Model
 from deepcluster.store import Store
 
 FORMAT = 1
+ROWS = 512  # images at a time
+COLUMNS = ("cluster", "probability", "second", "margin", "distance", "is_outlier")
 
 
 @dataclass(frozen=True)
@@ -37,13 +42,15 @@ class Spec:
 
 
 class Classifier(nn.Module):
-    """Images -> clusters, sorted by their size in the training set: cluster 0 is the largest.
+    """Images -> clusters, sorted by their size in the training set: cluster 0 is the largest, until they are edited.
 
     Attributes:
         order: (K,) cluster c is output ``order[c]`` of the head.
-        centroids: (K, D) mean unit feature of each cluster.
-        reach: (K,) distance beyond which an image of this cluster is an outlier.
-        names: of the clusters, "" until somebody names them.
+        centroids: (K', D) mean unit feature of each cluster.
+        reach: (K',) distance beyond which an image of this cluster is an outlier.
+        names: K', "" until somebody names a cluster.
+        junk: ids that somebody marked as junk.
+        steps: the edits, in order.
     """
 
     def __init__(self, spec: Spec, backbone: nn.Module, head: nn.Module, dim: int):
@@ -56,83 +63,197 @@ class Classifier(nn.Module):
         self.register_buffer("order", torch.arange(k))
         self.register_buffer("centroids", torch.zeros(k, dim))
         self.register_buffer("reach", torch.full((k,), float("inf")))
-        self.names = [""] * k
+        self.first_names = [""] * k
+        self.steps: list[Step] = []
+        self.trained: dict[str, Tensor] = {}  # centroids and reach before the first edit
+        self._count()
         self.to(memory_format=torch.channels_last)  # as in training: another layout rounds differently
+        self.eval()
+
+    def _count(self) -> None:
+        self.ids = edits.ids_after(self.first_names, self.steps)
+
+    @property
+    def n_clusters(self) -> int:
+        """K': ids that were ever given, those gone by a merge among them."""
+        return self.ids.total
+
+    @property
+    def names(self) -> list[str]:
+        """Of every id; "" without a name."""
+        return self.ids.names
+
+    @property
+    def junk(self) -> set[int]:
+        """Ids marked as junk."""
+        return self.ids.junk
 
     @classmethod
-    def of(cls, model: Model, head: int, spec: Spec, store: Store) -> tuple["Classifier", dict[str, np.ndarray]]:
+    @torch.no_grad()
+    def of(
+        cls, model: Model, head: int, spec: Spec, store: Store, names: Sequence[str] = (), steps: Sequence[Step] = ()
+    ) -> tuple["Classifier", dict[str, np.ndarray]]:
         """Take one head of a trained model, sort its clusters by size, measure them on the training images.
 
+        ``names`` of the head's outputs, if they have any; ``steps``: edits that were made already.
+
         Returns:
-            The classifier, and its predictions of the store's images (see ``predict``).
+            The classifier, and COLUMNS and ``features`` of the store's images (see ``stream``).
         """
         self = cls(spec, model.backbone, model.heads[head], model.dim).to(store.device)
-        found = self.predict(store)
-        sizes = np.bincount(found["cluster"], minlength=spec.n_clusters)
-        order = np.argsort(-sizes, kind="stable")
-        rank = np.argsort(order)
-        self.order.copy_(torch.from_numpy(order))
-        found["cluster"], found["second"] = rank[found["cluster"]], rank[found["second"]]
-        found["probabilities"] = found["probabilities"][:, order]
-        unit = F.normalize(torch.from_numpy(found["features"].astype(np.float32)), dim=1)
-        which = torch.from_numpy(found["cluster"])
-        total = torch.zeros(spec.n_clusters, self.dim).index_add_(0, which, unit)
-        self.centroids.copy_(total / torch.bincount(which, minlength=spec.n_clusters).clamp_min(1)[:, None])
-        found["distance"] = _distance(unit, self.centroids.cpu()[which]).numpy()
-        for c in range(spec.n_clusters):  # Tukey's fence: far out is 1.5 interquartile ranges above the upper quartile
-            inside = found["distance"][found["cluster"] == c]
-            if len(inside):
-                low, high = np.quantile(inside, [0.25, 0.75])
-                self.reach[c] = float(high + 1.5 * (high - low))
-        found["is_outlier"] = found["distance"] > self.reach.cpu().numpy()[found["cluster"]]
-        return self, found
+        features = self.predict(store, ("features",))["features"]
+        cluster = torch.cat([self.judge(part)[1] for part in self._parts(features)])
+        sizes = np.bincount(cluster.cpu().numpy(), minlength=spec.n_clusters)
+        self.order.copy_(torch.from_numpy(np.argsort(-sizes, kind="stable")))
+        self.first_names = [names[output] for output in self.order.tolist()] if names else self.first_names
+        self._count()
+        self._measure(features)
+        if steps:
+            self._set(steps, features)
+        return self, self.describe(features)
+
+    def _parts(self, features: np.ndarray) -> Iterator[Tensor]:
+        """(N, D) features, ROWS at a time, on the device."""
+        for start in range(0, len(features), ROWS):
+            yield torch.from_numpy(np.array(features[start : start + ROWS], np.float32)).to(self.order.device)
 
     @torch.no_grad()
-    def predict(self, store: Store, batch_size: int = 512) -> dict[str, np.ndarray]:
-        """Label every image of a store in float32; the batch size changes nothing but rounding.
+    def _measure(self, features: np.ndarray) -> None:
+        """Centroids and reach of the clusters as they are now, from the features (N, D) of the training images."""
+        k, device = self.n_clusters, self.order.device
+        cluster = torch.cat([self.judge(part)[1] for part in self._parts(features)])
+        total = torch.zeros(k, self.dim, device=device)
+        for part, which in zip(self._parts(features), cluster.split(ROWS), strict=True):
+            total.index_add_(0, which, F.normalize(part, dim=1))
+        self.centroids = total / torch.bincount(cluster, minlength=k).clamp_min(1)[:, None]
+        self.reach = torch.full((k,), float("inf"), device=device)
+        parts = zip(self._parts(features), cluster.split(ROWS), strict=True)
+        far = [distance(F.normalize(part, dim=1), self.centroids[which]) for part, which in parts]
+        order = cluster.argsort(stable=True).cpu().numpy()
+        counts = np.bincount(cluster.cpu().numpy(), minlength=k)
+        for c, inside in enumerate(np.split(torch.cat(far).cpu().numpy()[order], counts.cumsum()[:-1])):
+            if len(inside):  # Tukey's fence: far out is 1.5 interquartile ranges above the upper quartile
+                low, high = np.quantile(inside, [0.25, 0.75])
+                self.reach[c] = float(high + 1.5 * (high - low))
 
-        Returns:
-            Arrays of N: ``cluster`` int64, ``probability`` of it, ``second`` most likely cluster, ``margin``
-            between the two probabilities, cosine ``distance`` in [0, 2] to the cluster's mean, ``is_outlier``;
-            ``probabilities`` (N, K) and ``features`` (N, D) float32.
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, C, H, W) in [0, 1], or vectors (B, D) -> features (B, D), probabilities (B, K'), ids (B,)."""
+        features = self.backbone(images).float()
+        return features, *self.judge(features)
+
+    def judge(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, D) -> probabilities (B, K'), ids (B,).
+
+        The id is that of the largest probability, unless an edit moved the image: a merge moves none but its own.
+        """
+        p = self.head(features).float().softmax(1)
+        cluster = self.order.argsort()[p.argmax(1)]  # before the order is applied: ties fall alike before and after it
+        p, unit = p[:, self.order], F.normalize(features, dim=1)
+        for step in self.steps:
+            for edit in step.edits:
+                cluster, p = edit.apply(unit, cluster, p)
+        return p, cluster
+
+    def _columns(self, features: Tensor, p: Tensor, cluster: Tensor) -> dict[str, np.ndarray]:
+        own = p.gather(1, cluster[:, None])[:, 0]
+        others = p.scatter(1, cluster[:, None], -1.0)
+        others[:, sorted(self.ids.gone)] = -1.0
+        best = others.max(1)
+        alone = best.values < 0
+        far = distance(F.normalize(features, dim=1), self.centroids[cluster])
+        second = torch.where(alone, -1, best.indices)
+        margin = torch.where(alone, own, own - best.values)
+        columns = (cluster, own, second, margin, far, far > self.reach[cluster])
+        return {name: column.cpu().numpy() for name, column in zip(COLUMNS, columns, strict=True)}
+
+    @torch.no_grad()
+    def describe(self, features: np.ndarray) -> dict[str, np.ndarray]:
+        """COLUMNS, and ``features`` themselves, of images whose features (N, D) are there already."""
+        found = _joined(self._columns(part, *self.judge(part)) for part in self._parts(features))
+        return {**found, "features": features}
+
+    @torch.no_grad()
+    def stream(self, store: Store, batch_size: int = ROWS) -> Iterator[dict[str, np.ndarray]]:
+        """Label the images of a store in order, in float32; the batch size changes nothing but rounding.
+
+        Yields:
+            For each batch, arrays of B: ``cluster`` int64, ``probability`` of it, ``second`` most likely cluster (-1
+            if there is no other), ``margin`` between the two probabilities (negative only where an edit moved the
+            image), cosine ``distance`` in [0, 2] to the cluster's mean, ``is_outlier``; ``probabilities`` (B, K') and
+            ``features`` (B, D) float32.
 
         Raises:
             ValueError: the images have another shape than those it was trained on.
         """
         if store.shape != self.spec.shape:
             raise ValueError(f"the model was trained on images of shape {self.spec.shape}; got {store.shape}")
-        self.eval()
-        features, probabilities = [], []
         for images in eval_batches(store, batch_size=batch_size, shard=False):
-            f = self.backbone(images)
-            features.append(f.float().cpu())
-            probabilities.append(self.head(f).float().softmax(1).cpu())
-        f, p = torch.cat(features), torch.cat(probabilities)
-        top = p.topk(2, dim=1)  # before the order is applied, so that a tie falls the same way before and after it
-        cluster, second = self.order.argsort().cpu()[top.indices].T
-        p = p[:, self.order.cpu()]
-        distance = _distance(F.normalize(f, dim=1), self.centroids.cpu()[cluster])
-        return {
-            "cluster": cluster.numpy(),
-            "probability": top.values[:, 0].numpy(),
-            "second": second.numpy(),
-            "margin": (top.values[:, 0] - top.values[:, 1]).numpy(),
-            "distance": distance.numpy(),
-            "is_outlier": (distance > self.reach.cpu()[cluster]).numpy(),
-            "probabilities": p.numpy(),
-            "features": f.numpy(),
-        }
+            features, p, cluster = self(images)
+            yield {
+                **self._columns(features, p, cluster),
+                "probabilities": p.cpu().numpy(),
+                "features": features.cpu().numpy(),
+            }
+
+    def predict(
+        self, store: Store, columns: Sequence[str] = (*COLUMNS, "probabilities", "features"), batch_size: int = ROWS
+    ) -> dict[str, np.ndarray]:
+        """The named columns of ``stream`` for all images of a store."""
+        return _joined({name: found[name] for name in columns} for found in self.stream(store, batch_size))
+
+    def edit(self, features: np.ndarray, step: Step) -> dict[str, np.ndarray]:
+        """Change the clusters, measure them anew on the features (N, D) of the training images; gives ``describe``.
+
+        Raises:
+            ValueError: a cluster does not exist, or the change makes no sense; nothing was changed then.
+        """
+        edits.ids_after(self.first_names, [*self.steps, step])
+        self._set([*self.steps, step], features)
+        return self.describe(features)
+
+    def undo(self, features: np.ndarray) -> dict[str, np.ndarray]:
+        """Take the last step back; returns as ``edit``. Raises a ValueError if there is none."""
+        if not self.steps:
+            raise ValueError("there is no edit to undo")
+        self._set(self.steps[:-1], features)
+        return self.describe(features)
+
+    def _set(self, steps: Sequence[Step], features: np.ndarray) -> None:
+        self.trained = self.trained or {"centroids": self.centroids, "reach": self.reach}
+        self.steps = list(steps)
+        self._count()
+        if self.steps:
+            self._measure(features)
+        else:
+            self.centroids, self.reach = self.trained["centroids"], self.trained["reach"]
+
+    def split(self, features: np.ndarray, cluster: int, parts: int) -> edits.Split:
+        """The edit that splits a cluster by the features (N, D) of the training images; raises as ``edits.split``."""
+        self.ids.check(cluster)
+        which = torch.cat([self.judge(part)[1] for part in self._parts(features)]).cpu().numpy()
+        rows = np.flatnonzero(which == cluster)
+        return edits.split(cluster, torch.from_numpy(np.array(features[rows], np.float32)), parts)
+
+    def nearest(self) -> edits.Nearest:
+        """The edit that moves outliers to the cluster whose mean is nearest."""
+        return edits.Nearest(self.centroids, self.reach)
 
     def save(self, folder: Path) -> None:
-        """Write model.safetensors, config.json and names.json; no code travels."""
+        """Write model.safetensors, config.json, names.json and, if there are edits, edits.safetensors; no code."""
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        texts = {"config.json": asdict(self.spec), "names.json": self.names}
-        written = {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in texts.items()}
-        for name, data in {"model.safetensors": serialise(weights), **written}.items():
-            tmp = folder / f"{name}.tmp"
-            tmp.write_bytes(data)
-            tmp.replace(folder / name)
+        weights = {k: v.detach().cpu().contiguous() for k, v in (self.state_dict() | self.trained).items()}
+        atomic.write(folder / "model.safetensors", serialise(weights))
+        atomic.write_json(folder / "config.json", asdict(self.spec))
+        self.save_edits(folder)
+
+    def save_edits(self, folder: Path) -> None:
+        """Write the edits, and the names, which may be edited, beside the model they belong to."""
+        if self.steps:
+            measured = {"centroids": self.centroids, "reach": self.reach}
+            atomic.write(folder / "edits.safetensors", edits.pack(self.first_names, self.steps, measured))
+        else:
+            (folder / "edits.safetensors").unlink(missing_ok=True)
+        atomic.write_json(folder / "names.json", self.names)
 
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> "Classifier":
@@ -149,7 +270,15 @@ class Classifier(nn.Module):
             backbone, dim = make_backbone(spec.backbone, spec.shape)
             self = cls(spec, backbone, HEADS[spec.head](dim, spec.n_clusters), dim)  # type: ignore[arg-type]
             self.load_state_dict(deserialise((folder / "model.safetensors").read_bytes()))
-            self.names = [str(name) for name in json.loads((folder / "names.json").read_text(encoding="utf-8"))]
+            names = json.loads((folder / "names.json").read_text(encoding="utf-8"))
+            if (folder / "edits.safetensors").exists():
+                self.trained = {"centroids": self.centroids, "reach": self.reach}
+                names, self.steps, measured = edits.unpack(folder / "edits.safetensors")
+                self.centroids, self.reach = measured["centroids"], measured["reach"]
+            self.first_names = [str(name) for name in names]
+            self._count()
+            if self.centroids.shape != (self.n_clusters, dim) or self.reach.shape != (self.n_clusters,):
+                raise ValueError("its names or edits belong to another model")
         except FileNotFoundError as error:
             raise ValueError(f"no model in {folder}: {Path(error.filename).name} is missing") from None
         except (KeyError, TypeError, RuntimeError, AttributeError, SafetensorError, ValueError) as error:
@@ -158,6 +287,10 @@ class Classifier(nn.Module):
         return self.to(device)
 
 
-def _distance(unit: Tensor, centroids: Tensor) -> Tensor:
-    """(B,) cosine distance of unit features to (B, D) centroids."""
-    return 1 - (unit * F.normalize(centroids, dim=1)).sum(1)
+def _joined(parts: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Batches of columns, one after the other."""
+    columns: dict[str, list[np.ndarray]] = {}
+    for part in parts:
+        for name, value in part.items():
+            columns.setdefault(name, []).append(value)
+    return {name: np.concatenate(values) for name, values in columns.items()}

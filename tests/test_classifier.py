@@ -31,11 +31,12 @@ def test_ids_by_size_and_the_same_by_predict(made):
     again = classifier.predict(store)
     for name, value in found.items():
         assert np.allclose(again[name], value, atol=1e-5), name
-    assert np.array_equal(found["probabilities"].argmax(1), again["cluster"]), "columns are not in the order of ids"
-    assert np.array_equal(np.sort(found["probabilities"], 1)[:, -1], found["probability"])
-    assert np.allclose(found["margin"], np.diff(np.sort(found["probabilities"], 1)[:, -2:])[:, 0])
-    rows = np.arange(len(store))
-    assert np.allclose(found["probabilities"][rows, found["second"]], np.sort(found["probabilities"], 1)[:, -2])
+    p = again["probabilities"]
+    assert np.array_equal(p.argmax(1), again["cluster"]), "columns are not in the order of ids"
+    assert np.array_equal(np.sort(p, 1)[:, -1], again["probability"])
+    assert np.allclose(again["margin"], np.diff(np.sort(p, 1)[:, -2:])[:, 0])
+    assert np.array_equal(p[np.arange(len(store)), again["second"]], np.sort(p, 1)[:, -2])
+    assert np.allclose(p.sum(1), 1, atol=1e-6)
 
 
 def test_ties_fall_the_same_way_before_and_after_sorting():
@@ -93,5 +94,6 @@ def test_images_of_another_shape(made):
 
 def test_the_batch_size_changes_rounding_only(made):
     classifier, found, store = made
-    small = classifier.predict(store, batch_size=7)
-    assert np.allclose(small["probabilities"], found["probabilities"], atol=1e-5)
+    small, large = (classifier.predict(store, batch_size=size) for size in (7, 512))
+    assert np.allclose(small["probabilities"], large["probabilities"], atol=1e-5)
+    assert np.array_equal(small["cluster"], found["cluster"])

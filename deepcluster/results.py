@@ -1,0 +1,127 @@
+"""What came out of a run, as tables: one row an image, one row a cluster."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+
+from deepcluster import atomic, oddities
+from deepcluster.classifier import Classifier
+
+REPRESENTATIVES = 9  # images a cluster is shown by
+EDITS = b"edits"  # how many steps of edits a table shows: in its schema's metadata
+
+
+def representatives(found: dict[str, np.ndarray]) -> np.ndarray:
+    """(N,) bool: the images nearest to the mean of their cluster, at most REPRESENTATIVES of each."""
+    order = np.lexsort((found["distance"], found["cluster"]))
+    sizes = np.bincount(found["cluster"])
+    rank = np.arange(len(order)) - np.repeat(sizes.cumsum() - sizes, sizes)
+    chosen = np.empty(len(order), dtype=bool)
+    chosen[order] = rank < REPRESENTATIVES
+    return chosen
+
+
+def images(found: dict[str, np.ndarray], names: Sequence[str], sha1: Sequence[str], classifier: Classifier) -> pa.Table:
+    """One row an image, in input order: what is known of any image, new or old."""
+    cluster, called = found["cluster"], classifier.names
+    return pa.table(
+        {
+            "path": pa.array(list(names), pa.string()),
+            "sha1": pa.array(list(sha1), pa.string()),
+            "cluster": pa.array(cluster, pa.int64()),
+            "name": pa.array([called[c] for c in cluster.tolist()], pa.string()),
+            "probability": pa.array(found["probability"], pa.float32()),
+            "second": pa.array(found["second"], pa.int64()),
+            "margin": pa.array(found["margin"], pa.float32()),
+            "distance": pa.array(found["distance"], pa.float32()),
+            "is_outlier": pa.array(found["is_outlier"], pa.bool_()),
+            "is_junk": pa.array(np.isin(cluster, sorted(classifier.junk)), pa.bool_()),
+        }
+    )
+
+
+def clusters(found: dict[str, np.ndarray], names: Sequence[str], classifier: Classifier) -> pa.Table:
+    """One row a cluster that has images: id, name, size, cohesion, separation, representatives, is_junk.
+
+    Cohesion is the mean cosine of the members to the cluster's mean, separation the cosine distance of that mean to the
+    nearest other one; ``representatives`` are paths, the most typical first.
+    """
+    order = np.lexsort((found["distance"], found["cluster"]))
+    sizes = np.bincount(found["cluster"], minlength=classifier.n_clusters)
+    used = np.flatnonzero(sizes)
+    unit = F.normalize(classifier.centroids.cpu()[torch.from_numpy(used)], dim=1)
+    between = 1 - unit @ unit.T
+    between.fill_diagonal_(float("inf"))
+    rows = []
+    for row, (c, members) in enumerate(zip(used.tolist(), np.split(order, sizes[used].cumsum()[:-1]), strict=True)):
+        rows.append(
+            {
+                "id": c,
+                "name": classifier.names[c],
+                "size": len(members),
+                "cohesion": float(1 - found["distance"][members].mean()),
+                "separation": float(between[row].min()) if len(used) > 1 else None,
+                "representatives": [names[i] for i in members[:REPRESENTATIVES]],
+                "is_junk": c in classifier.junk,
+            }
+        )
+    schema = pa.schema(
+        [("id", pa.int64()), ("name", pa.string()), ("size", pa.int64()), ("cohesion", pa.float64()),
+         ("separation", pa.float64()), ("representatives", pa.list_(pa.string())), ("is_junk", pa.bool_())]
+    )  # fmt: skip
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Parquet, completely or not at all."""
+    with atomic.replacing(path) as f:
+        pq.write_table(table, f)
+
+
+def training_images(
+    found: dict[str, np.ndarray], names: Sequence[str], sha1: Sequence[str], classifier: Classifier,
+    known: dict[str, Any],
+) -> pa.Table:  # fmt: skip
+    """``images`` and what is known of training images only: is_representative, and the columns in ``known``."""
+    table = images(found, names, sha1, classifier)
+    last = table.num_columns - 1
+    table = table.add_column(last, "is_representative", pa.array(representatives(found)))
+    for name, column in known.items():
+        table = table.append_column(name, column)
+    return table.replace_schema_metadata({EDITS: str(len(classifier.steps))})
+
+
+def write(run: Path, classifier: Classifier, found: dict[str, np.ndarray], table: pa.Table) -> None:
+    """model/, features.npy, assignments.parquet and clusters.parquet of a finished run; ``found`` has its features."""
+    classifier.save(run / "model")
+    with atomic.replacing(run / "features.npy") as f:
+        np.save(f, found["features"], allow_pickle=False)
+    write_table(run / "clusters.parquet", clusters(found, table["path"].to_pylist(), classifier))
+    write_table(run / "assignments.parquet", table)  # last: a run that has it is finished
+
+
+def edited(table: pa.Table, classifier: Classifier, found: dict[str, np.ndarray]) -> pa.Table:
+    """The assignments of a run whose clusters were changed: the same images, described anew by ``found``."""
+    known = {name: table[name] for name in ("reason", "duplicate_of", "given") if name in table.column_names}
+    if "reason" in known:
+        said = oddities.renewed(known["reason"].to_pylist(), found, classifier)
+        known["reason"] = pa.array(said, pa.string())
+    return training_images(found, table["path"].to_pylist(), table["sha1"].to_pylist(), classifier, known)
+
+
+def rewrite(run: Path, classifier: Classifier, found: dict[str, np.ndarray], table: pa.Table) -> None:
+    """The edits of a run, and its tables as they are now."""
+    classifier.save_edits(run / "model")
+    write_table(run / "clusters.parquet", clusters(found, table["path"].to_pylist(), classifier))
+    write_table(run / "assignments.parquet", table)
+
+
+def stale(table: pa.Table, classifier: Classifier) -> bool:
+    """Whether a table does not show the edits of its model: one was interrupted."""
+    return int((table.schema.metadata or {}).get(EDITS, b"0")) != len(classifier.steps)
