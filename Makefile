@@ -1,4 +1,4 @@
-# make demo | test | lint | clean. Needs only Python >= 3.10 with pip; .venv is made on demand.
+# make demo | test | lint | bench | notebooks | clean. Needs only Python >= 3.10 with pip; .venv is made on demand.
 #   PYTHON=python3.12     which Python makes .venv
 #   ARGS="-k metrics"     passed on by test and demo
 #   PIP_ARGS="..."        passed on to pip, e.g. an --extra-index-url with CPU-only builds of torch
@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_AR
 NEEDS := setup.py requirements.txt
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint bench notebooks clean
 help:
 	@sed -n '1,4s/^# *//p' Makefile
 
@@ -25,6 +25,12 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/dev.stamp
+	$(BIN)/python scripts/bench.py all $(ARGS)
+
+notebooks: $(VENV)/notebooks.stamp
+	$(BIN)/python scripts/notebooks.py --render $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,12 +10,13 @@ VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "deepcluster/__init__.py")
 README = HERE / "README.md"
 
 EXTRAS = {
-    "dev": ["pytest>=9,<10", "ruff>=0.17,<0.18", "mypy>=2.4,<3", "hypothesis>=6.100,<7"],
     "bench": ["clustpy>=0.0.3; python_version>='3.11'", "umap-learn>=0.5.7"],
-    "notebooks": ["nbformat>=5.9", "nbclient>=0.9", "ipykernel>=6.25", "matplotlib>=3.8"],
+    "notebooks": ["nbformat>=5.9", "nbclient>=0.9", "nbconvert>=7.16", "ipykernel>=6.25", "matplotlib>=3.8"],
     "onnx": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.1"],
     "timm": ["timm>=1.0"],
 }
+TOOLS = ["pytest>=9,<10", "ruff>=0.17,<0.18", "mypy>=2.4,<3", "hypothesis>=6.100,<7", "playwright>=1.49,<2"]
+EXTRAS["dev"] = [*TOOLS, *EXTRAS["notebooks"], *EXTRAS["onnx"]]
 
 setup(
     name="deepcluster",
@@ -26,7 +27,7 @@ setup(
     license_expression="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["deepcluster", "deepcluster.*"]),
-    package_data={"deepcluster": ["report.html.in"]},
+    package_data={"deepcluster": ["report/*.html", "report/*.css", "report/*.js"]},
     install_requires=(HERE / "requirements.txt").read_text(encoding="utf-8").split(),
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["deepcluster = deepcluster.__main__:main"]},

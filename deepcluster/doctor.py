@@ -18,7 +18,7 @@ PACKAGES = ("torch", "torchvision", "faiss", "numpy", "scipy", "sklearn", "pyarr
 EXTRAS = {  # as in setup.py; a test compares them
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "timm": ("timm",),
-    "notebooks": ("nbformat", "nbclient", "ipykernel", "matplotlib"),
+    "notebooks": ("nbformat", "nbclient", "nbconvert", "ipykernel", "matplotlib"),
     "bench": ("clustpy", "umap-learn"),
 }
 

@@ -1,35 +1,40 @@
 """The whole job as one object: a source in; clusters, features and a classifier out."""
 
 import os
-import time
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, ClusterMixin, TransformerMixin
-from sklearn.utils.validation import check_is_fitted
-from tqdm import tqdm
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin
+from sklearn.utils import Tags, check_random_state
+from sklearn.utils.validation import check_is_fitted, validate_data
 
-from deepcluster import checkpoint, dist, doctor, dryrun, evaluate, metrics, outputs
+from deepcluster import dist, metrics, outputs, results, runs
 from deepcluster import plan as planning
-from deepcluster.classifier import Classifier, Spec
-from deepcluster.evaluate import Known
-from deepcluster.log import Metrics, Recording, logger, no_bar
-from deepcluster.plan import Plan, choose_size
-from deepcluster.report import write_report
+from deepcluster.classifier import Classifier
+from deepcluster.editable import Editable, skipped
+from deepcluster.runs import Job, Result
 from deepcluster.settings import AUTO, Settings
-from deepcluster.sources import Source, open_source
-from deepcluster.store import Store, open_store
+from deepcluster.sources import open_source
+from deepcluster.store import Store, stream
 
 
-class DeepCluster(ClusterMixin, TransformerMixin, BaseEstimator):
+class DeepCluster(Editable, ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin, BaseEstimator):
     """Cluster images by training a network on labels it makes up itself.
 
-    Parameters are those of ``plan.Settings``, under scikit-learn's names, and
+    ``X``, wherever it is asked for, is a path or another SOURCE of the command line, a list of image paths, an array of
+    images (N, H, W), (N, C, H, W) or (N, H, W, C), or a table of features (N, D): an array, a list of lists, or a
+    DataFrame, of finite numbers. Images that cannot be read are left out, everywhere; rows of such a table never are.
 
+    Parameters are those of ``settings.Settings``, under scikit-learn's names, and
+
+    n_clusters : int, default=10
+        1 is allowed, for the sake of searches that begin there: two clusters are trained, and merged.
+    random_state : int, RandomState or None, default=0
+        None draws a new seed for every fit.
     out : str or None, default=None
         Run directory to write; see the README for its files.
     overwrite : bool, default=False
@@ -40,14 +45,29 @@ class DeepCluster(ClusterMixin, TransformerMixin, BaseEstimator):
     Attributes
     ----------
     labels_ : ndarray of shape (n_images,), int64
-        Cluster of each readable training image, in input order; cluster 0 is the largest.
+        Cluster of each readable training image, in input order; 0 is the largest, and all below the largest id occur.
     names_ : list of str
         Path of each of these images.
+    embedding_ : ndarray of shape (n_images, n_features), float32
+        Features of these images, as ``transform`` gives them.
     skipped_ : list of (str, str)
         Images that could not be read, and why.
+    n_labelled_ : int
+        Labels that training was given.
+    scores_ : dict or None
+        Scores against labels the source has, if they were asked for.
     classifier_ : deepcluster.classifier.Classifier
     plan_ : deepcluster.plan.Plan
         Everything that was resolved.
+    n_features_in_, feature_names_in_
+        Columns of a table of features, and their names in a DataFrame.
+
+    Notes
+    -----
+    ``predict`` of the training images gives ``labels_``, also after the model was saved and loaded. In batches of
+    another size or on another device, float32 sums are rounded differently, which moves a probability by some 1e-6:
+    only images whose two best clusters are closer than that (``margin`` in ``image_info``) can change sides, and none
+    with a margin above 1e-4 does.
     """
 
     def __init__(
@@ -64,7 +84,7 @@ class DeepCluster(ClusterMixin, TransformerMixin, BaseEstimator):
         epochs: int | str = AUTO,
         batch_size: int | str = AUTO,
         lr: float | str = AUTO,
-        random_state: int = 0,
+        random_state: int | np.random.RandomState | None = 0,
         device: str = AUTO,
         precision: str = AUTO,
         use_labels: bool = False,
@@ -93,21 +113,29 @@ class DeepCluster(ClusterMixin, TransformerMixin, BaseEstimator):
         self.overwrite = overwrite
         self.quiet = quiet
 
-    def _settings(self) -> Settings:
-        """These parameters, checked."""
-        given = {f.name: getattr(self, f.name) for f in fields(Settings) if f.name not in ("seed", "params")}
-        return Settings(**given, seed=self.random_state, params=self.params or {})
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float32"]
+        tags.input_tags.three_d_array = True
+        return tags
 
-    def _reads(self, X: Any) -> dict[str, str | os.PathLike]:
-        """What a run starts from and so must not replace, by its name."""
-        given = {"the source": X, "--weights": self.weights, "--init-from": self.init_from}
-        return {name: path for name, path in given.items() if isinstance(path, (str, os.PathLike))}
+    def _settings(self, **instead: Any) -> Settings:
+        """These parameters, checked; ``instead`` are others."""
+        given = {f.name: _plain(getattr(self, f.name)) for f in fields(Settings) if f.name not in ("seed", "params")}
+        params, seed = self.params or {}, _plain(self.random_state)
+        if isinstance(params, dict):
+            params = {name: _plain(value) for name, value in params.items()}
+        if seed is not None and not isinstance(seed, np.random.RandomState):
+            return Settings(**{**given, **instead}, seed=seed, params=params)
+        settings, drawn = Settings(**{**given, **instead}, params=params), check_random_state(seed).randint(2**31 - 1)
+        return replace(settings, seed=int(dist.from_main(torch.tensor(drawn, device=dist.setup(settings.device)))))
 
-    def fit(self, X: Any, y: object = None) -> "DeepCluster":
-        """Train on a source (a path, a name such as "digits", or an array).
+    def fit(self, X: Any, y: object = None, hooks: Sequence[Callable] = ()) -> "DeepCluster":
+        """Train on ``X``.
 
         ``y`` is ignored unless ``use_labels``: then it has a label for each image in order, -1, None or NaN where
-        it is unknown; the method learns from these, and clusters get their names.
+        it is unknown; the method learns from these, and clusters get their names. ``hooks`` are called with a
+        ``trainer.Report`` after each epoch.
 
         Raises:
             ValueError: the source or a parameter is wrong; the message says what is allowed.
@@ -115,154 +143,108 @@ class DeepCluster(ClusterMixin, TransformerMixin, BaseEstimator):
         """
         if self.use_labels and y is None:
             raise ValueError("use_labels=True learns from y; call fit(X, y) with -1 for images of unknown label")
-        return self._fit(X, y=y if self.use_labels else None)
+        if repr(_plain(self.n_clusters)) == "1" and not self.use_labels:
+            return self._fit(X, hooks=tuple(hooks), settings=self._settings(n_clusters=2)).merge_clusters([[0, 1]])
+        return self._fit(X, y=y if self.use_labels else None, hooks=tuple(hooks))
 
-    def _fit(
-        self, X: Any, labels: str = "none", workers: int | None = None, data_root: str | None = None, y: Any = None
-    ) -> "DeepCluster":
-        settings, out = self._settings(), Path(self.out) if self.out is not None else None
-        planning.check(settings)
-        if out and dist.is_main():
-            outputs.check(out, self.overwrite, self._reads(X))
-        device = dist.setup(settings.device)
-        with Recording() as record:
-            source = open_source(X, data_root=data_root)
-            known = evaluate.known_labels(settings, source.names, labels if y is None else y)
-            true = evaluate.true_classes(source, "auto" if self.use_labels and y is None else labels)
-            size = choose_size(settings, source, device)
-            store = self._store(source, *size, device, workers)
-            plan = planning.resolve(settings, len(store), store.shape, device)
-            known = known and known.of_rows(store.rows)
-            if out and dist.is_main():
-                outputs.prepare(out)
-                where = os.fspath(X) if isinstance(X, (str, os.PathLike)) else source.location
-                data = {"source": where, "cwd": str(Path.cwd()), "data_root": data_root, "size": size, "labels": labels,
-                        "n_images": len(store), "content": outputs.content(store)}  # fmt: skip
-                data |= known.facts if known else {}
-                config = {"version": _version(), "git": doctor.revision(), "data": data, "plan": plan.to_dict()}
-                outputs.write_json(out / "config.json", config)
-                record.into(out / "train.log")
-                outputs.write_json(out / "env.json", doctor.environment())
-                outputs.write_skipped(out / "skipped.csv", store.skipped)
-            return self._train(plan, store, out, evaluate.of_rows(true, store.rows), known)
+    def fit_predict(self, X: Any, y: object = None, **params: Any) -> np.ndarray:
+        """``fit(X, y).labels_``."""
+        return self.fit(X, y, **params).labels_
 
-    def _resume(
-        self, labels: str | None = None, workers: int | None = None, data_root: str | None = None
-    ) -> "DeepCluster":
-        """Go on with the run in ``out`` exactly where it stopped; by default with the labels it began with."""
-        assert self.out is not None
-        out = Path(self.out)
-        config = outputs.read_config(out)
-        plan, data = config["plan"], config["data"]
-        device = dist.setup(self.device)
-        last = out / "checkpoints" / "last.pt"
-        saved = checkpoint.read(last) if last.exists() else None
-        with Recording() as record:
-            if dist.is_main():
-                record.into(out / "train.log")
-            source = outputs.reopen(data, data_root)
-            true = evaluate.true_classes(source, evaluate.for_scores(data, labels))
-            size, channels = data["size"]
-            store = self._store(source, size, channels, device, workers)
-            known = evaluate.known_again(data, source.names, store.rows, plan.n_clusters, labels)
-            if outputs.content(store) != data["content"]:
-                raise ValueError(f"{data['source']} has other images than when {out} began ({len(store)} now, "
-                                 f"{data['n_images']} then); start anew with --overwrite")  # fmt: skip
-            return self._train(plan, store, out, evaluate.of_rows(true, store.rows), known, saved)
+    def _job(self, **given: Any) -> Job:
+        return Job(Path(self.out) if self.out is not None else None, self.overwrite, self.quiet, **given)
 
-    def _dry_run(
-        self, X: Any, labels: str = "none", workers: int | None = None, data_root: str | None = None
-    ) -> list[str]:
-        """What ``fit`` would need and take, a line each; trains on a sample for some seconds, writes nothing."""
-        settings = self._settings()
-        planning.check(settings)
-        if self.out is not None:
-            outputs.check(Path(self.out), self.overwrite, self._reads(X))
-        device = dist.setup(settings.device)
-        source = open_source(X, data_root=data_root)
-        evaluate.known_labels(settings, source.names, labels)
-        size, channels = choose_size(settings, source, device)
-        shape = (channels, size, size) if source.features is None else (channels,)
-        plan = planning.resolve(settings, len(source.names), shape, device)
-        return dryrun.lines(plan, source, device, workers)
+    def _fit(self, X: Any, y: Any = None, hooks: Any = (), settings: Any = None, **job: Any) -> "DeepCluster":
+        settings = settings or self._settings()
+        self.__dict__ = {k: v for k, v in vars(self).items() if k not in ("n_features_in_", "feature_names_in_")}
+        return self._keep(runs.begin(settings, self._checked(X, reset=True), self._job(**job), y, hooks))
 
-    def _store(
-        self, source: Source, size: int, channels: int, device: torch.device, workers: int | None = None
-    ) -> Store:
-        progress: Callable[..., Any] = lambda it, **kw: tqdm(it, unit="image", disable=no_bar(self.quiet), **kw)  # noqa: E731
-        return open_store(source, size=size, channels=channels, device=device, workers=workers, progress=progress)
+    def _resume(self, labels: str | None = None, **job: Any) -> "DeepCluster":
+        return self._keep(runs.resume(self._job(**job), self.device, labels))
 
-    def _train(
-        self, plan: Plan, store: Store, out: Path | None, true: np.ndarray | None, known: Known | None = None,
-        saved: dict | None = None,
-    ) -> "DeepCluster":  # fmt: skip
-        began = time.perf_counter()
-        self._learnt = {store.sha1[i] for i in np.flatnonzero(known.given)} if known else set()
-        if known:
-            true = evaluate.unseen(true, store.sha1, self._learnt)
-            logger.info("%d labels are used in training: of %s", len(known), ", ".join(known.names))
-        hooks = []
-        if out:
-            writer = Metrics(out / "metrics.jsonl", true)
-            if dist.is_main():
-                writer.rewind(saved["stage"] if saved else -1, saved["epoch"] if saved else 0)
-            hooks.append(writer)
-        model, recipe, state = planning.run(plan, store, out / "checkpoints" if out else None, hooks, saved, self.quiet,
-                                            torch.from_numpy(known.labels) if known else None)  # fmt: skip
-        self.seconds_ = time.perf_counter() - began
-        head = state.reported(recipe.rivals)
-        spec = Spec(plan.backbone, plan.shape, type(model.heads[head]).__name__, plan.n_clusters, _version())
-        classifier, found = Classifier.of(model, head, spec, store)
-        if known:
-            classifier.names = [known.names[output] for output in classifier.order.tolist()]
-        self.n_labelled_ = len(known) if known else 0
-        self._keep(classifier, found["cluster"], store.names, store.skipped, plan)
-        if out and dist.is_main():
-            outputs.write_results(out, classifier, found, store.names, store.sha1, known.given if known else None)
-        self.scores_ = None if true is None else evaluate.scores(self.labels_, true, plan.n_clusters)
-        if out and dist.is_main():
-            write_report(out, *outputs.read_run(out), store, true)
-        dist.barrier()
-        used = metrics.health(self.labels_, plan.n_clusters)
-        logger.info("%d images in %d clusters, the largest has %.0f %%; trained for %.1f s",
-                    len(store), used["active"], 100 * used["largest_share"], self.seconds_)  # fmt: skip
+    def _keep(self, result: Result) -> "DeepCluster":
+        self.plan_, self.skipped_, self.scores_ = result.plan, result.skipped, result.scores
+        self._table, self._data, self.seconds_ = result.images, result.data, result.seconds
+        self.n_labelled_ = result.data.get("n_labelled", 0)
+        self._run = Path(self.out) if self.out is not None else None
+        self._features = np.empty(0) if self._run else result.features  # what is on disk needs no memory
+        return self._use(result.classifier)
+
+    def _use(self, classifier: Classifier) -> "DeepCluster":
+        self.classifier_ = classifier
+        if len(classifier.spec.shape) == 1:
+            self.n_features_in_ = classifier.spec.shape[0]
         return self
 
-    def _keep(self, classifier: Classifier, labels: np.ndarray, names: list[str],
-              skipped: list[tuple[str, str]], plan: Plan | None) -> None:  # fmt: skip
-        self.classifier_, self.labels_, self.names_, self.skipped_ = classifier, labels, names, skipped
-        self.plan_ = plan
+    @property
+    def _n_features_out(self) -> int:
+        check_is_fitted(self, "classifier_")
+        return self.classifier_.dim
 
-    def _predict(self, X: Any, data_root: str | None = None) -> tuple[Store, dict[str, np.ndarray]]:
+    def _checked(self, X: Any, reset: bool = False) -> Any:
+        """A source that is opened by its name as it is, anything else as an array."""
+        if isinstance(X, str | os.PathLike) or (
+            isinstance(X, Sequence) and all(isinstance(path, str | os.PathLike) for path in X)
+        ):
+            return X
+        array = X if hasattr(X, "shape") else np.asarray(X)
+        if len(array.shape) not in (1, 2):
+            return np.asarray(array) if array.shape else X  # open_source says what it may be
+        with np.errstate(over="ignore", invalid="ignore"):  # what is too large becomes infinite, and is refused as that
+            return validate_data(self, array, reset=reset, dtype=np.float32, ensure_min_samples=2 if reset else 1)
+
+    def _parts(self, X: Any, data_root: str | None = None) -> Iterator[Store]:
         check_is_fitted(self, "classifier_")
         shape = self.classifier_.spec.shape
-        source = open_source(X, data_root=data_root)
+        source = open_source(self._checked(X), data_root=data_root)
         if (source.features is not None) != (len(shape) == 1):
             what = ("features", "images") if len(shape) == 1 else ("images", "features")
             raise ValueError(f"the model was trained on {what[0]} of shape {shape}; {source.location} holds {what[1]}")
-        store = self._store(source, shape[-1], shape[0], self.classifier_.order.device)
-        return store, self.classifier_.predict(store)
+        device, progress = self.classifier_.order.device, self._job().progress
+        return stream(source, size=shape[-1], channels=shape[0], device=device, progress=progress)
+
+    def _predict(self, X: Any, column: str) -> np.ndarray:
+        return np.concatenate([self.classifier_.predict(s, (column,))[column] for s in self._parts(X) if len(s)])
 
     def predict(self, X: Any) -> np.ndarray:
-        """(n_images,) int64 cluster of each readable image of a source."""
-        return self._predict(X)[1]["cluster"]
+        """(n_images,) int64 cluster of each readable image."""
+        return self._predict(X, "cluster")
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """(n_images, n_clusters) float32 probability of each cluster."""
-        return self._predict(X)[1]["probabilities"]
+        """(n_images, n_ids) float32 probability of each cluster; ids that a merge took away have none."""
+        return self._predict(X, "probabilities")
 
     def transform(self, X: Any) -> np.ndarray:
         """(n_images, n_features) float32 features."""
-        return self._predict(X)[1]["features"]
+        return self._predict(X, "features")
 
-    def score(self, X: Any, y: Any) -> float:
-        """Clustering accuracy against true classes ``y`` (n_images,), without images whose label training was given."""
-        store, found = self._predict(X)
-        kept = [one not in getattr(self, "_learnt", ()) for one in store.sha1]
-        return metrics.accuracy(found["cluster"][kept], np.asarray(y)[kept])
+    def score(self, X: Any, y: Any = None) -> float:
+        """Larger is better: accuracy against ``y``, or without it, how clearly images belong to their clusters.
+
+        With ``y`` (n_images,), true classes: the share of images right under the best one-to-one naming of clusters by
+        classes, in [0, 1], without images whose label training was given.
+
+        Without: the simplified silhouette, in [-1, 1]. For each image, a is the cosine distance of its feature to the
+        mean of its own cluster, b to the nearest other one; the score is the mean of (b - a) / max(a, b), 0 where there
+        is no other cluster. It has no unit, so a grid search over held-out images can use it to choose ``n_clusters``
+        or how long to train. But each model is judged in the features it has learnt itself: a method that draws its
+        clusters tight is favoured, right or wrong, so compare methods by some labels, or by eye.
+        """
+        learnt = outputs.learnt(self._table) if getattr(self, "_table", None) is not None else set()
+        cluster, kept, silhouettes = [], [], []
+        for store in filter(len, self._parts(X)):
+            found = self.classifier_.predict(store, ("cluster", "features"))
+            cluster.append(found["cluster"])
+            kept += [one not in learnt for one in store.sha1]
+            silhouettes.append(_silhouettes(found["features"], found["cluster"], self.classifier_))
+        if y is None:
+            return float(np.concatenate(silhouettes).mean())
+        if np.shape(y) != (len(kept),):
+            raise ValueError(f"y must have a class for each of the {len(kept)} images; got shape {np.shape(y)}")
+        return metrics.accuracy(np.concatenate(cluster)[kept], np.asarray(y)[kept])
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Write the classifier: safetensors and JSON."""
+        """Write the classifier, edits included: safetensors and JSON. The way to another machine or device."""
         check_is_fitted(self, "classifier_")
         self.classifier_.save(Path(path))
 
@@ -270,22 +252,26 @@ class DeepCluster(ClusterMixin, TransformerMixin, BaseEstimator):
     def from_pretrained(cls, path: str | os.PathLike, device: str = AUTO) -> "DeepCluster":
         """Read a classifier written by ``save_pretrained`` or found in RUN/model."""
         classifier = Classifier.load(Path(path), dist.setup(device))
-        self = cls(classifier.spec.n_clusters, device=device)
-        self.classifier_ = classifier
-        return self
+        spec = classifier.spec
+        return cls(spec.n_clusters, backbone=spec.backbone, device=device)._use(classifier)
 
 
 def load(run: str | os.PathLike, device: str = AUTO) -> DeepCluster:
-    """The finished run in a directory: its classifier, and the labels and names of its training images.
+    """The finished run in a directory: its classifier, its parameters, and what is known of its training images.
 
     Raises:
         ValueError: no finished run there.
     """
-    plan = outputs.read_config(Path(run))["plan"]
-    table = outputs.read_assignments(Path(run))
-    self = DeepCluster.from_pretrained(Path(run) / "model", device)
-    self._keep(self.classifier_, table["cluster"].to_numpy(), table["path"].to_pylist(), [], plan)
-    self.out, self._learnt = run, outputs.learnt(table)
+    run = Path(run)
+    config, table = outputs.read_config(run), outputs.read_assignments(run)
+    self = DeepCluster.from_pretrained(run / "model", device)
+    plan, data = config["plan"], config["data"]
+    self.set_params(**planning.asked(plan), use_labels=bool(data.get("use_labels")), out=str(run))
+    self._keep(Result(plan, self.classifier_, table, np.empty(0), skipped(run), None, np.nan, data))
+    if results.stale(table, self.classifier_):  # an edit was interrupted between its files
+        found = self.classifier_.describe(self.embedding_)
+        self._table = results.edited(table, self.classifier_, found)
+        results.rewrite(run, self.classifier_, found, self._table)
     return self
 
 
@@ -294,7 +280,21 @@ def fit(source: Any, **parameters: Any) -> DeepCluster:
     return DeepCluster(**parameters).fit(source)
 
 
-def _version() -> str:
-    from deepcluster import __version__
+def _plain(value: Any) -> Any:
+    """A number of numpy as one of Python, a path as a string."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
-    return __version__
+
+def _silhouettes(features: np.ndarray, cluster: np.ndarray, classifier: Classifier) -> np.ndarray:
+    """(N,) simplified silhouettes of features (N, D), see ``DeepCluster.score``."""
+    means = classifier.centroids.cpu().numpy()
+    used = (means != 0).any(1)
+    unit, means = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (features, means))
+    far, rows = (1 - unit @ means.T).clip(min=0), np.arange(len(unit))
+    own = far[rows, cluster]
+    far[:, ~used] = far[rows, cluster] = np.inf
+    other = far.min(1)
+    other = np.where(np.isfinite(other), other, own)
+    return (other - own) / np.maximum(np.maximum(other, own), 1e-12)

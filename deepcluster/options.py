@@ -12,7 +12,9 @@ from typing import Any, NoReturn
 from deepcluster import __version__
 from deepcluster.settings import Settings
 
-COMMANDS = ("demo", "fit", "predict", "evaluate", "report", "methods", "doctor")
+COMMANDS = ("demo", "fit", "predict", "evaluate", "export", "report", "merge", "split", "name", "junk",
+            "reduce-outliers", "undo", "methods", "doctor")  # fmt: skip
+FORMATS = ("npy", "parquet", "safetensors", "model", "onnx", "folders", "projector")
 NAMES = [f.name for f in fields(Settings)]
 
 
@@ -100,10 +102,35 @@ def parser(description: str) -> Parser:
     evaluate.add_argument("run", metavar="RUN")
     evaluate.add_argument("source", metavar="SOURCE", nargs="?", help="default: the images of the run")
     evaluate.add_argument("--labels", default="auto", metavar="FILE.csv", help="auto (the source's own) or a file")
+    evaluate.add_argument("--probe", metavar="KINDS", help="what the features are worth: linear, knn or linear,knn")
     evaluate.add_argument("--device", default="auto")
 
-    report = command("report", "write RUN/report.html anew")
-    report.add_argument("run", metavar="RUN")
+    export = command("export", "features, model or images of a run, for other tools")
+    export.add_argument("run", metavar="RUN")
+    export.add_argument("--format", required=True, metavar="FORMAT", help=", ".join(FORMATS))
+    export.add_argument("--out", required=True, metavar="PATH")
+    export.add_argument("--copy", action="store_true", help="folders: copy the images instead of linking to them")
+    export.add_argument("--overwrite", action="store_true", help="replace an earlier export in PATH")
+
+    command("report", "write RUN/report.html anew").add_argument("run", metavar="RUN")
+
+    edit = {name: command(name, says) for name, says in {
+        "merge": "make one cluster of several", "split": "make several clusters of one", "name": "name a cluster",
+        "junk": "mark clusters as junk", "reduce-outliers": "move outliers to the nearest cluster",
+        "undo": "take the last edit back",
+    }.items()}  # fmt: skip
+    for one in edit.values():
+        one.add_argument("run", metavar="RUN")
+    edit["merge"].add_argument("clusters", metavar="CLUSTER", type=int, nargs="*")
+    edit["merge"].add_argument(
+        "--from", dest="decisions", metavar="FILE.json", help="what was decided on the report page"
+    )
+    edit["split"].add_argument("cluster", metavar="CLUSTER", type=int)
+    edit["split"].add_argument("--into", type=int, default=2, metavar="N", help="parts (default 2)")
+    edit["name"].add_argument("cluster", metavar="CLUSTER", type=int)
+    edit["name"].add_argument("name", metavar="NAME", help="an empty one takes the name away")
+    edit["junk"].add_argument("clusters", metavar="CLUSTER", type=int, nargs="+")
+    edit["junk"].add_argument("--off", action="store_true", help="take the mark away")
 
     command("methods", "every method and its parameters")
     command("doctor", "versions, devices, what is missing")

@@ -2,27 +2,27 @@
 
 import csv
 import hashlib
+import io
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-import torch.nn.functional as F
 
-from deepcluster.classifier import Classifier
+from deepcluster import atomic
 from deepcluster.plan import Plan
 from deepcluster.sources import Source, open_source
 from deepcluster.store import Store
 
-REPRESENTATIVES = 9  # images a cluster is shown by
+FORMAT = 1  # of a run directory
 FILES = ("config.json", "env.json", "metrics.jsonl", "train.log", "assignments.parquet", "features.npy",
          "clusters.parquet", "skipped.csv", "report.html", "checkpoints/last.pt",
-         "checkpoints/last.tmp", "model/model.safetensors", "model/config.json", "model/names.json")  # fmt: skip
+         "checkpoints/last.tmp", "model/model.safetensors", "model/config.json", "model/names.json",
+         "model/edits.safetensors", "map.npz")  # fmt: skip
 
 
 def within(path: str | os.PathLike, folder: Path) -> bool:
@@ -75,23 +75,6 @@ def prepare(out: Path) -> None:
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename: readers see the old file or the new one."""
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(text, encoding="utf-8")
-    tmp.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Indented JSON; readable letters unless there is a path that is not valid UTF-8."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        text = json.dumps(value, indent=2)
-    write_text(path, text + "\n")
-
-
 def read_config(run: Path) -> dict[str, Any]:
     """RUN/config.json.
 
@@ -100,12 +83,14 @@ def read_config(run: Path) -> dict[str, Any]:
     """
     try:
         config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        if config.get("format", 1) > FORMAT:
+            raise ValueError(f"it has format {config['format']}, this version reads {FORMAT}; upgrade deepcluster")
         if not {"source", "data_root", "labels", "size"} <= set(config["data"]):
             raise ValueError("it is not the config of a run")
         config["plan"] = Plan.from_dict(config["plan"])
     except OSError:
         raise ValueError(f"{run} is not a run directory: it has no readable config.json") from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"cannot read {run / 'config.json'}: {reason}") from None
     return config
@@ -131,116 +116,15 @@ def content(store: Store) -> str:
 
 def write_skipped(path: Path, skipped: Iterable[tuple[str, str]]) -> None:
     """path, reason; a cell that a spreadsheet would take for a formula gets a leading apostrophe."""
-    tmp = path.with_name(path.name + ".tmp")
-    with tmp.open("w", newline="", encoding="utf-8") as f:
-        writer = csv.writer(f)
-        writer.writerow(["path", "reason"])
-        writer.writerows([_cell(name), _cell(reason)] for name, reason in skipped)
-    tmp.replace(path)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["path", "reason"])
+    writer.writerows([_cell(name), _cell(reason)] for name, reason in skipped)
+    atomic.write(path, text.getvalue())
 
 
 def _cell(text: str) -> str:
     return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
-
-
-def representatives(found: dict[str, np.ndarray], n_clusters: int) -> np.ndarray:
-    """(N,) bool: the images nearest to the mean of their cluster, at most REPRESENTATIVES of each."""
-    chosen = np.zeros(len(found["cluster"]), dtype=bool)
-    by_distance = np.argsort(found["distance"], kind="stable")
-    for c in range(n_clusters):
-        chosen[by_distance[found["cluster"][by_distance] == c][:REPRESENTATIVES]] = True
-    return chosen
-
-
-def predictions(
-    found: dict[str, np.ndarray], names: Sequence[str], sha1: Sequence[str], called: Sequence[str]
-) -> pa.Table:
-    """One row an image, in input order, as in assignments.parquet; ``called``: the names of the clusters."""
-    cluster = found["cluster"]
-    return pa.table(
-        {
-            "path": pa.array(list(names), pa.string()),
-            "sha1": pa.array(list(sha1), pa.string()),
-            "cluster": pa.array(cluster, pa.int64()),
-            "name": pa.array([called[c] for c in cluster], pa.string()),
-            "probability": pa.array(found["probability"], pa.float32()),
-            "second": pa.array(found["second"], pa.int64()),
-            "margin": pa.array(found["margin"], pa.float32()),
-            "distance": pa.array(found["distance"], pa.float32()),
-            "is_outlier": pa.array(found["is_outlier"], pa.bool_()),
-        }
-    )
-
-
-def clusters(found: dict[str, np.ndarray], names: Sequence[str], classifier: Classifier) -> pa.Table:
-    """One row a cluster that has images: id, name, size, cohesion, separation, representative paths.
-
-    Cohesion is the mean cosine of the members to the cluster's mean, separation the cosine distance of that mean to the
-    nearest other one.
-    """
-    k = classifier.spec.n_clusters
-    sizes = np.bincount(found["cluster"], minlength=k)
-    used = np.flatnonzero(sizes)
-    unit = F.normalize(classifier.centroids.cpu()[torch.from_numpy(used)], dim=1)
-    between = 1 - unit @ unit.T
-    between.fill_diagonal_(float("inf"))
-    shown = representatives(found, k)
-    rows = []
-    for row, c in enumerate(used.tolist()):
-        members = np.flatnonzero(found["cluster"] == c)
-        near = members[shown[members]]
-        near = near[np.argsort(found["distance"][near], kind="stable")]
-        rows.append(
-            {
-                "id": c,
-                "name": classifier.names[c],
-                "size": len(members),
-                "cohesion": float(1 - found["distance"][members].mean()),
-                "separation": float(between[row].min()) if len(used) > 1 else None,
-                "representatives": [names[i] for i in near],
-            }
-        )
-    schema = pa.schema(
-        [("id", pa.int64()), ("name", pa.string()), ("size", pa.int64()), ("cohesion", pa.float64()),
-         ("separation", pa.float64()), ("representatives", pa.list_(pa.string()))]
-    )  # fmt: skip
-    return pa.Table.from_pylist(rows, schema=schema)
-
-
-def write_table(path: Path, table: pa.Table) -> None:
-    """Parquet, under a temporary name first."""
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        with tmp.open("wb") as f:  # pyarrow takes no path that is not valid UTF-8
-            pq.write_table(table, f)
-    except OSError:
-        tmp.unlink(missing_ok=True)
-        raise
-    tmp.replace(path)
-
-
-def write_results(
-    out: Path, classifier: Classifier, found: dict[str, np.ndarray], names: Sequence[str], sha1: Sequence[str],
-    given: np.ndarray | None = None,
-) -> None:  # fmt: skip
-    """model/, assignments.parquet, clusters.parquet and features.npy of a finished run.
-
-    ``given``: (N,) bool, whether training was given an image's label, for runs that learnt from labels.
-    """
-    classifier.save(out / "model")
-    table = predictions(found, names, sha1, classifier.names)
-    shown = representatives(found, classifier.spec.n_clusters)
-    table = table.append_column("is_representative", pa.array(shown))
-    if given is not None:
-        table = table.append_column("given", pa.array(given))
-    write_table(out / "assignments.parquet", table)
-    write_table(out / "clusters.parquet", clusters(found, names, classifier))
-    tmp = out / "features.npy.tmp"
-    with tmp.open("wb") as f:
-        np.save(f, found["features"], allow_pickle=False)
-        f.flush()
-        os.fsync(f.fileno())
-    tmp.replace(out / "features.npy")
 
 
 def read_assignments(run: Path) -> pa.Table:
@@ -250,6 +134,24 @@ def read_assignments(run: Path) -> pa.Table:
         ValueError: the run has none yet, or it is damaged.
     """
     return _read_table(run, "assignments.parquet")
+
+
+def read_features(run: Path) -> np.ndarray:
+    """(N, D) float32 RUN/features.npy, memory-mapped; raises as ``read_assignments``."""
+    try:
+        features = np.load(run / "features.npy", mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise ValueError(unfinished(run, "features.npy")) from None
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"cannot read {run / 'features.npy'}: {' '.join(str(error).split())[:120]}") from None
+    if features.ndim != 2 or features.dtype.kind != "f":
+        raise ValueError(f"cannot read {run / 'features.npy'}: it holds {features.dtype} {features.shape}")
+    return features
+
+
+def unfinished(run: Path, name: str) -> str:
+    """The error of a run that lacks a file."""
+    return f"{run} has no {name}; it did not finish: go on with deepcluster fit --resume {run}"
 
 
 def learnt(table: pa.Table) -> set[str]:
@@ -272,6 +174,6 @@ def _read_table(run: Path, name: str) -> pa.Table:
         with (run / name).open("rb") as f:  # pyarrow takes no path that is not UTF-8
             return pq.read_table(f)
     except FileNotFoundError:
-        raise ValueError(f"{run} has no {name}; it did not finish: go on with deepcluster fit --resume {run}") from None
+        raise ValueError(unfinished(run, name)) from None
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"cannot read {run / name}: {str(error).splitlines()[0]}") from error

@@ -257,10 +257,33 @@ def resolve(settings: Settings, n_images: int, shape: tuple[int, ...], device: t
     return plan
 
 
+def asked(plan: Plan) -> dict[str, Any]:
+    """The parameters of ``estimator.DeepCluster`` that lead to a plan, as far as a plan shows them."""
+    same = {name: {getattr(stage, name) for stage in plan.stages} for name in ("epochs", "batch_size", "lr")}
+    usual = {"n_clusters": plan.n_clusters, "view": "strong" if plan.shape[0] == 1 else "crop"}
+    params: dict[str, Any] = {}
+    for stage in plan.stages:
+        default = {p.name: p.default for p in inspect.signature(METHODS[stage.method]).parameters.values()} | usual
+        params |= {f"{stage.method}.{name}": v for name, v in stage.params.items() if v != default.get(name, v)}
+    return {
+        **{name: found.pop() if len(found) == 1 else AUTO for name, found in same.items()},
+        "n_clusters": plan.n_clusters,
+        "method": "+".join(stage.method for stage in plan.stages),
+        "backbone": plan.backbone,
+        "weights": plan.weights,
+        "init_from": plan.init_from,
+        "image_size": plan.shape[-1] if len(plan.shape) == 3 else AUTO,
+        "random_state": plan.seed,
+        "precision": "bf16" if plan.bf16 else "fp32",
+        "params": params or None,
+    }
+
+
 __all__ = [
     "Plan",
     "Settings",
     "Stage",
+    "asked",
     "check",
     "choose_size",
     "image_size",

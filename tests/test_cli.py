@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from deepcluster import checkpoint, outputs, plan
+from deepcluster import checkpoint, plan, results
 from deepcluster.__main__ import main
 
 QUICK = [
@@ -38,6 +38,7 @@ QUICK = [
     "fp32",
     "--quiet",
 ]
+TRAINING = ("is_representative", "reason", "duplicate_of")  # columns that new images lack
 RESULTS = ("assignments.parquet", "clusters.parquet", "features.npy", "model/model.safetensors")
 
 
@@ -397,8 +398,8 @@ STOPS = {
     "after a checkpoint": (checkpoint, "save", 2, True),
     "between the stages": (checkpoint, "save", 3, True),
     "in the second stage": (checkpoint, "save", 5, False),
-    "before the outputs": (outputs, "write_results", 1, False),
-    "within the outputs": (outputs, "write_table", 2, False),
+    "before the outputs": (results, "write", 1, False),
+    "within the outputs": (results, "write_table", 2, False),
 }
 
 
@@ -548,7 +549,7 @@ def test_predict_and_evaluate(folder, capsys):
     assert "1 images were skipped" in capsys.readouterr().out
     table = pq.read_table("deep/new.parquet")
     own = pq.read_table("run/assignments.parquet")
-    assert table.column_names == [name for name in own.column_names if name != "is_representative"]
+    assert table.column_names == [name for name in own.column_names if name not in TRAINING]
     assert len(table) == 6
     assert set(table["cluster"].to_pylist()) <= {0, 1}
     for argv in (["evaluate", "run"], ["evaluate", "run", "more"], ["evaluate", "run", "--labels", "auto"]):

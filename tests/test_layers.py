@@ -8,19 +8,23 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "deepcluster"
 LAYERS = [
-    {"dist", "metrics", "doctor", "settings", "draws"},
+    {"dist", "metrics", "doctor", "settings", "draws", "atomic"},
     {"transport", "losses", "decode", "kmeans", "views"},
-    {"model", "recipe", "backbones", "networks"},
+    {"model", "recipe", "backbones", "networks", "edits"},
     {"assign", "neighbors", "sources", "store", "methods"},
     {"batches"},
-    {"features", "checkpoint", "evaluate", "classifier"},
-    {"trainer"},
+    {"features", "checkpoint", "evaluate", "probe", "classifier"},
+    {"trainer", "oddities", "cam"},
     {"log"},
     {"stages"},
     {"plan"},
     {"outputs", "dryrun", "options"},
-    {"report"},
+    {"results", "landscape"},
+    {"report", "export"},
+    {"runs"},
+    {"editable"},
     {"estimator"},
+    {"commands"},
     {"__main__"},
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
@@ -32,7 +36,7 @@ SIDEWAYS = {
     ("methods", "neighbors"),
     ("store", "sources"),
 }
-SEE_LABELS = {"metrics", "evaluate", "sources", "plan", "estimator", "outputs", "__main__"}
+SEE_LABELS = {"metrics", "evaluate", "probe", "sources", "plan", "runs", "estimator", "outputs", "report", "commands"}
 LABEL_WORDS = re.compile(r"(?<!pseudo-)\bclasses\b|true_labels|ground.?truth", re.I)
 FILES = sorted(ROOT.rglob("*.py"))
 each_file = pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(ROOT)) for path in FILES])

@@ -31,9 +31,9 @@ QUICK = [
 ]
 FILES = {"config.json", "env.json", "metrics.jsonl", "train.log", "checkpoints/last.pt", "model/model.safetensors",
          "model/config.json", "model/names.json", "assignments.parquet", "features.npy", "clusters.parquet",
-         "skipped.csv", "report.html"}  # fmt: skip
+         "skipped.csv", "report.html", "map.npz"}  # fmt: skip
 COLUMNS = ["path", "sha1", "cluster", "name", "probability", "second", "margin", "distance", "is_outlier",
-           "is_representative"]  # fmt: skip
+           "is_representative", "is_junk", "reason", "duplicate_of"]  # fmt: skip
 N = 24
 
 
@@ -185,22 +185,11 @@ def test_no_cell_is_a_formula(tmp_path, text):
     assert (tmp_path / "skipped.csv").read_text().splitlines()[1].lstrip('"').startswith("'")
 
 
-def test_representatives_are_the_nearest():
-    found = {"cluster": np.array([0] * 12 + [1]), "distance": np.r_[np.arange(12)[::-1] / 12, 0.5]}
-    shown = outputs.representatives(found, 3)
-    assert shown.tolist() == [False] * 3 + [True] * 10
-
-
-def test_cohesion_and_separation_by_hand():
-    from types import SimpleNamespace
-
-    import torch
-
-    found = {"cluster": np.array([0, 0, 2]), "distance": np.array([0.1, 0.3, 0.0])}
-    centroids = torch.tensor([[2.0, 0], [9, 9], [3, 3]])
-    classifier = SimpleNamespace(spec=SimpleNamespace(n_clusters=3), centroids=centroids, names=["a", "b", "c"])
-    first, second = outputs.clusters(found, ["x", "y", "z"], classifier).to_pylist()
-    assert (first["id"], first["name"], first["size"], first["representatives"]) == (0, "a", 2, ["x", "y"])
-    assert first["cohesion"] == pytest.approx(0.8)
-    assert first["separation"] == second["separation"] == pytest.approx(1 - 2**-0.5, abs=1e-6)
-    assert second["id"] == 2
+def test_a_run_of_a_newer_version(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text('{"format": 2, "data": {}, "plan": {}}')
+    for argv in (["predict", "run", "digits", "--out", "new.parquet"], ["undo", "run"], ["fit", "--resume", "run"]):
+        assert main(argv) == 2
+        assert "it has format 2, this version reads 1; upgrade deepcluster" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["config.json", "run"]

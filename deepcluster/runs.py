@@ -1,0 +1,213 @@
+"""One run from the source to its results: begun, gone on with, or tried out."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from tqdm import tqdm
+
+from deepcluster import __version__ as version
+from deepcluster import atomic, checkpoint, dist, doctor, dryrun, evaluate, metrics, oddities, outputs, results
+from deepcluster import edits as editing
+from deepcluster import plan as planning
+from deepcluster.classifier import Classifier, Spec
+from deepcluster.evaluate import Known
+from deepcluster.log import Metrics, Recording, logger, no_bar
+from deepcluster.plan import Plan, choose_size
+from deepcluster.report import write_report
+from deepcluster.settings import Settings
+from deepcluster.sources import Source, open_source
+from deepcluster.store import Store, open_store
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked for, besides the settings."""
+
+    out: Path | None = None  # run directory
+    overwrite: bool = False
+    quiet: bool = True
+    labels: str = "none"  # --labels auto | none | FILE.csv
+    workers: int | None = None
+    data_root: str | None = None
+
+    def progress(self, of: Any, **kw: Any) -> Any:
+        """A bar over images."""
+        return tqdm(of, unit="image", disable=no_bar(self.quiet), **kw)
+
+    def store(self, source: Source, size: int, channels: int, device: torch.device) -> Store:
+        """The decoded images of a source."""
+        return open_store(source, size=size, channels=channels, device=device, workers=self.workers,
+                          progress=self.progress)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out."""
+
+    plan: Plan
+    classifier: Classifier
+    images: pa.Table  # assignments.parquet
+    features: np.ndarray  # (N, D) float32
+    skipped: list[tuple[str, str]]
+    scores: dict[str, Any] | None
+    seconds: float
+    data: dict[str, Any]  # of config.json: what was clustered
+
+
+def reads(settings: Settings, X: Any) -> dict[str, str | os.PathLike]:
+    """What a run starts from and so must not replace, by its name."""
+    given = {"the source": X, "--weights": settings.weights, "--init-from": settings.init_from}
+    return {name: path for name, path in given.items() if isinstance(path, (str, os.PathLike))}
+
+
+def begin(settings: Settings, X: Any, job: Job, y: Any = None, hooks: tuple[Callable, ...] = ()) -> Result:
+    """Cluster a source; ``y`` are labels for training, for settings that use labels, else those of ``job.labels``."""
+    planning.check(settings)
+    out = job.out
+    if out and dist.is_main():
+        outputs.check(out, job.overwrite, reads(settings, X))
+    device = dist.setup(settings.device)
+    with Recording() as record:
+        source = open_source(X, data_root=job.data_root)
+        known = evaluate.known_labels(settings, source.names, job.labels if y is None else y)
+        true = evaluate.true_classes(source, "auto" if settings.use_labels and y is None else job.labels)
+        size = choose_size(settings, source, device)
+        store = job.store(source, *size, device)
+        plan = planning.resolve(settings, len(store), store.shape, device)
+        known = known and known.of_rows(store.rows)
+        where = os.fspath(X) if isinstance(X, (str, os.PathLike)) else source.location
+        data = {"source": where, "cwd": str(Path.cwd()), "data_root": job.data_root, "size": size,
+                "labels": job.labels, "n_images": len(store), "content": outputs.content(store)}  # fmt: skip
+        data |= known.facts if known else {}
+        if out and dist.is_main():
+            outputs.prepare(out)
+            config = {"format": outputs.FORMAT, "version": version, "git": doctor.revision(), "data": data,
+                      "plan": plan.to_dict()}  # fmt: skip
+            atomic.write_json(out / "config.json", config)
+            record.into(out / "train.log")
+            atomic.write_json(out / "env.json", doctor.environment())
+            outputs.write_skipped(out / "skipped.csv", store.skipped)
+        return _train(plan, data, store, job, evaluate.of_rows(true, store.rows), known, hooks=hooks)
+
+
+def resume(job: Job, device: str, labels: str | None = None) -> Result:
+    """Go on with the run in ``job.out`` exactly where it stopped; by default with the labels it began with."""
+    out = job.out
+    assert out is not None
+    config = outputs.read_config(out)
+    plan, data = config["plan"], config["data"]
+    where = dist.setup(device)
+    last = out / "checkpoints" / "last.pt"
+    saved = checkpoint.read(last) if last.exists() else None
+    with Recording() as record:
+        if dist.is_main():
+            record.into(out / "train.log")
+        source = outputs.reopen(data, job.data_root)
+        true = evaluate.true_classes(source, evaluate.for_scores(data, labels))
+        size, channels = data["size"]
+        store = job.store(source, size, channels, where)
+        known = evaluate.known_again(data, source.names, store.rows, plan.n_clusters, labels)
+        if outputs.content(store) != data["content"]:
+            raise ValueError(f"{data['source']} has other images than when {out} began ({len(store)} now, "
+                             f"{data['n_images']} then); start anew with --overwrite")  # fmt: skip
+        return _train(plan, data, store, job, evaluate.of_rows(true, store.rows), known, saved)
+
+
+def dry_run(settings: Settings, X: Any, job: Job) -> list[str]:
+    """What a run would need and take, a line each; trains on a sample for some seconds, writes nothing."""
+    planning.check(settings)
+    if job.out is not None:
+        outputs.check(job.out, job.overwrite, reads(settings, X))
+    device = dist.setup(settings.device)
+    source = open_source(X, data_root=job.data_root)
+    evaluate.known_labels(settings, source.names, job.labels)
+    size, channels = choose_size(settings, source, device)
+    shape = (channels, size, size) if source.features is None else (channels,)
+    plan = planning.resolve(settings, len(source.names), shape, device)
+    return dryrun.lines(plan, source, device, job.workers)
+
+
+def report(run: Path, table: pa.Table, X: Any = None, to: Path | None = None, data_root: str | None = None) -> Path:
+    """Write the page of a finished run anew, with pictures from ``X``, else from its source if that is still there.
+
+    ``table``: its assignments. Labels that the source has are compared with, as when the run was trained.
+
+    Raises:
+        ValueError: ``X`` holds other images than the run.
+    """
+    data = outputs.read_config(run)["data"]
+    size, channels = data["size"]
+    store, true = None, None
+    try:
+        if X is None and data["source"] in ("array", "list") and not Path(data["source"]).exists():
+            raise ValueError("images that were given in Python are not kept: give them again, as report(path, X)")
+        source = outputs.reopen(data, data_root) if X is None else open_source(X, data_root=data_root)
+        store = open_store(source, size=size, channels=channels)
+        if X is not None and store.sha1 != table["sha1"].to_pylist():
+            raise ValueError("X holds other images than those the model was trained on")
+        if store.sha1 == table["sha1"].to_pylist():
+            store.names = table["path"].to_pylist()  # also where they lie elsewhere now
+            found = evaluate.true_classes(source, evaluate.for_scores(data))
+            true = evaluate.unseen(evaluate.of_rows(found, store.rows), store.sha1, outputs.learnt(table))
+    except ValueError as error:
+        if X is not None:
+            raise
+        logger.warning("%s; the report shows paths instead of images", error)
+    return write_report(run, store, true, to)
+
+
+def _train(
+    plan: Plan, data: dict[str, Any], store: Store, job: Job, true: np.ndarray | None, known: Known | None,
+    saved: dict | None = None, hooks: tuple[Callable, ...] = (),
+) -> Result:  # fmt: skip
+    began, out = time.perf_counter(), job.out
+    learnt = {store.sha1[i] for i in np.flatnonzero(known.given)} if known else set()
+    if known:
+        true = evaluate.unseen(true, store.sha1, learnt)
+        logger.info("%d labels are used in training: of %s", len(known), ", ".join(known.names))
+    watching: list[Callable] = [*hooks]
+    if out:
+        writer = Metrics(out / "metrics.jsonl", true)
+        if dist.is_main():
+            writer.rewind(saved["stage"] if saved else -1, saved["epoch"] if saved else 0)
+        watching.append(writer)
+    model, recipe, state = planning.run(plan, store, out / "checkpoints" if out else None, watching, saved, job.quiet,
+                                        torch.from_numpy(known.labels) if known else None)  # fmt: skip
+    seconds = time.perf_counter() - began
+    head = state.reported(recipe.rivals)
+    spec = Spec(plan.backbone, plan.shape, type(model.heads[head]).__name__, plan.n_clusters, version)
+    made = out / "model" / "edits.safetensors" if out else None
+    steps = editing.unpack(made)[1] if saved and made and made.exists() else []  # a finished run, gone on with
+    classifier, found = Classifier.of(model, head, spec, store, known.names if known else (), steps)
+    seen = _seen(store, found, classifier, known)
+    images = results.training_images(found, store.names, store.sha1, classifier, seen)
+    if out and dist.is_main():
+        results.write(out, classifier, found, images)
+    scores = None if true is None else evaluate.scores(found["cluster"], true, plan.n_clusters)
+    if out and dist.is_main():
+        write_report(out, store, true)
+    dist.barrier()
+    used = metrics.health(found["cluster"], classifier.n_clusters)
+    logger.info("%d images in %d clusters, the largest has %.0f %%; trained for %.1f s",
+                len(store), used["active"], 100 * used["largest_share"], seconds)  # fmt: skip
+    return Result(plan, classifier, images, found["features"], store.skipped, scores, seconds, data)
+
+
+def _seen(
+    store: Store, found: dict[str, np.ndarray], classifier: Classifier, known: Known | None
+) -> dict[str, pa.Array]:
+    """Columns that only training images have."""
+    first = oddities.duplicates(store, found["features"])
+    names = store.names
+    columns = {
+        "reason": pa.array(oddities.reasons(store, found, classifier), pa.string()),
+        "duplicate_of": pa.array([names[i] if i >= 0 else None for i in first.tolist()], pa.string()),
+    }
+    return columns | ({"given": pa.array(known.given)} if known else {})

@@ -1,0 +1,210 @@
+"""deepcluster merge, split, name, junk, reduce-outliers, undo: what they print, what they leave on disk, what obeys."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from deepcluster import load, results
+from deepcluster.__main__ import main
+
+TABLES = ("assignments.parquet", "clusters.parquet", "model/names.json")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run on noise with more and less bright images."""
+    where = tmp_path_factory.mktemp("edits")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 60, (90, 8, 8)) + 60 * (np.arange(90) % 4)[:, None, None]
+    np.save(where / "x.npy", images.astype(np.uint8))
+    argv = ["fit", "x.npy", "--n-clusters", "4", "--method", "iic", "--epochs", "4", "--batch-size", "16",
+            "--image-size", "8", "--precision", "fp32", "--quiet", "--out", "run"]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(where)
+        patch.setenv("DEEPCLUSTER_CACHE", str(where / "cache"))
+        assert main(argv) == 0
+    return where
+
+
+@pytest.fixture
+def run(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    shutil.copy(trained / "x.npy", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DEEPCLUSTER_CACHE", str(trained / "cache"))
+    assert len(sizes()) >= 3, "too few clusters to edit"
+    return Path("run")
+
+
+def do(*argv):
+    assert main([*map(str, argv), "--quiet"]) == 0
+
+
+def sizes():
+    return {row["id"]: row["size"] for row in pq.read_table("run/clusters.parquet").to_pylist()}
+
+
+def tables():
+    return {name: Path("run", name).read_bytes() for name in TABLES}
+
+
+def cluster():
+    return pq.read_table("run/assignments.parquet")["cluster"].to_numpy()
+
+
+def test_merge_then_everything_obeys(run, capsys):
+    before = sizes()
+    a, b, *_ = sorted(before)
+    do("merge", run, b, a)
+    assert f"{len(before) - 1} clusters; edits that can be undone: 1" in capsys.readouterr().out
+    assert sizes()[a] == before[a] + before[b]
+    assert b not in sizes()
+    do("predict", run, "x.npy", "--out", "new.parquet")
+    assert np.array_equal(pq.read_table("new.parquet")["cluster"].to_numpy(), cluster())
+    assert np.array_equal(load(run).predict(np.load("x.npy")), cluster())
+    do("report", run)
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_name_and_undo(run, capsys):
+    before = tables()
+    do("name", run, 1, "red vans")
+    table = pq.read_table("run/assignments.parquet")
+    assert set(table.filter(table["cluster"].to_numpy() == 1)["name"].to_pylist()) == {"red vans"}
+    assert json.loads(Path("run/model/names.json").read_text())[1] == "red vans"
+    do("predict", run, "x.npy", "--out", "new.parquet")
+    assert "red vans" in pq.read_table("new.parquet")["name"].to_pylist()
+    do("undo", run)
+    assert tables() == before
+    assert not Path("run/model/edits.safetensors").exists()
+    capsys.readouterr()
+    assert main(["undo", "run"]) == 2
+    assert "there is no edit to undo" in capsys.readouterr().err
+
+
+def test_split(run):
+    before, old = sizes(), cluster()
+    do("split", run, 0, "--into", 3)
+    assert set(cluster()[old == 0]) == {0, 4, 5}
+    assert np.array_equal(cluster()[old != 0], old[old != 0])
+    assert sizes()[0] + sizes()[4] + sizes()[5] == before[0]
+    do("undo", run)
+    assert sizes() == before
+
+
+def test_junk(run):
+    do("junk", run, 0, 1)
+    table = pq.read_table("run/assignments.parquet")
+    assert np.array_equal(table["is_junk"].to_numpy(), np.isin(cluster(), [0, 1]))
+    do("junk", run, 1, "--off")
+    rows = pq.read_table("run/clusters.parquet").to_pylist()
+    assert [row["id"] for row in rows if row["is_junk"]] == [0]
+    do("predict", run, "x.npy", "--out", "new.parquet")
+    assert np.array_equal(pq.read_table("new.parquet")["is_junk"].to_numpy(), cluster() == 0)
+
+
+def test_reduce_outliers(run):
+    table = pq.read_table("run/assignments.parquet")
+    inside = ~table["is_outlier"].to_numpy()
+    old = cluster()
+    do("reduce-outliers", run)
+    assert np.array_equal(cluster()[inside], old[inside])
+    assert len(load(run).classifier_.steps) == 1
+
+
+def test_decisions_in_one_step(run, capsys):
+    before = tables()
+    Path("decisions.json").write_text(json.dumps({"format": 1, "names": {"0": "=1+1"}, "merge": [[0, 2]], "junk": [1]}))
+    do("merge", "--from", "decisions.json", run)
+    assert 2 not in sizes()
+    assert load(run).classifier_.names[0] == "=1+1"
+    assert load(run).classifier_.junk == {1}
+    do("undo", run)
+    assert tables() == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["merge", "run", "3", "99"], "there is no cluster 99; there are 0-3"),
+        (["merge", "run", "3"], "two different clusters or more; got [3]"),
+        (["merge", "run"], "merge takes clusters, as in: merge RUN 3 17, or --from"),
+        (["merge", "run", "1", "2", "--from", "d.json"], "merge takes clusters"),
+        (["merge", "run", "--from", "d.json"], "cannot read d.json: no such file"),
+        (["name", "run", "99", "x"], "there is no cluster 99"),
+        (["junk", "run", "0", "99"], "there is no cluster 99"),
+        (["split", "run", "99"], "there is no cluster 99"),
+        (["split", "run", "0", "--into", "1"], "split it into 2 to"),
+        (["undo", "run"], "there is no edit to undo"),
+        (["undo", "elsewhere"], "elsewhere is not a run directory"),
+    ],
+)
+def test_wrong_edits_change_nothing(run, capsys, argv, said):
+    before = tables()
+    assert main([*argv, "--quiet"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert tables() == before
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_an_edit_killed_between_its_files_is_finished_by_whoever_comes_next(run, monkeypatch, at):
+    count, real = [0], results.write_table
+
+    def killed(*args):
+        count[0] += 1
+        if count[0] == at:
+            raise KeyboardInterrupt
+        real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "write_table", killed)
+        assert main(["merge", "run", "0", "1", "--quiet"]) == 130
+    assert 1 in set(cluster()), "the table was already written"
+    do("evaluate", run, "--labels", labels())
+    assert 1 not in set(cluster())
+    assert 1 not in sizes()
+
+
+def labels():
+    names = pq.read_table("run/assignments.parquet")["path"].to_pylist()
+    Path("labels.csv").write_text("path,label\n" + "".join(f"{name},{i % 4}\n" for i, name in enumerate(names)))
+    return "labels.csv"
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_edits(run):
+    do("merge", run, 0, 2)
+    do("name", run, 0, "both")
+    do("split", run, 1)
+    before = tables()
+    do("fit", "--resume", run)
+    assert tables() == before
+    do("undo", run)
+    assert load(run).classifier_.names[0] == "both"
+
+
+def test_evaluate_follows_the_edits(run, capsys):
+    file = labels()
+    do("evaluate", run, "--labels", file)
+    before = json.loads(capsys.readouterr().out)
+    a, b, *_ = sorted(sizes())
+    do("merge", run, a, b)
+    capsys.readouterr()
+    do("evaluate", run, "--labels", file)
+    after = json.loads(capsys.readouterr().out)
+    assert after["n_found"] == before["n_found"] - 1
+    assert after["purity"] <= before["purity"]
+
+
+def test_evaluate_with_probes(run, capsys):
+    do("evaluate", run, "--labels", labels(), "--probe", "linear,knn")
+    found = json.loads(capsys.readouterr().out)["probe"]
+    assert {"linear", "knn"} <= set(found)
+    do("evaluate", run, "x.npy", "--labels", "labels.csv", "--probe", "knn")
+    assert json.loads(capsys.readouterr().out)["probe"]["knn"] == found["knn"]
+    assert main(["evaluate", "run", "--labels", "labels.csv", "--probe", "lineer"]) == 2
+    assert "linear" in capsys.readouterr().err
