@@ -3,7 +3,6 @@
 import argparse
 import inspect
 import json
-import logging
 import sys
 import time
 from pathlib import Path
@@ -170,24 +169,11 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from deepcluster import evaluate, outputs
+    from deepcluster import runs
     from deepcluster.estimator import load
-    from deepcluster.report import write_report
-    from deepcluster.store import open_store
 
-    run = Path(args.run)
-    table, data = load(run).image_info(), outputs.read_config(run)["data"]
-    store, true = None, None
-    try:
-        source = outputs.reopen(data, args.data_root)
-        size, channels = data["size"]
-        store = open_store(source, size=size, channels=channels)
-        if store.names == table["path"].to_pylist():
-            found = evaluate.true_classes(source, evaluate.for_scores(data))
-            true = evaluate.unseen(evaluate.of_rows(found, store.rows), store.sha1, outputs.learnt(table))
-    except ValueError as error:
-        logging.getLogger("deepcluster").warning("%s; the report shows paths instead of images", error)
-    print(f"report: {write_report(run, store, true)}")
+    page = runs.report(Path(args.run), load(args.run).image_info(), data_root=args.data_root)
+    print(f"report: {page}")
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -200,14 +186,13 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    from deepcluster.edits import decisions
     from deepcluster.estimator import load
 
     if bool(args.decisions) == bool(args.clusters):
         raise ValueError("merge takes clusters, as in: merge RUN 3 17, or --from FILE.json of the report")
     model = load(args.run)
-    step = decisions(Path(args.decisions)) if args.decisions else None
-    _edited(args, model._apply(step) if step else model.merge_clusters([args.clusters]))
+    by_page = bool(args.decisions)
+    _edited(args, model.apply_decisions(args.decisions) if by_page else model.merge_clusters([args.clusters]))
 
 
 def _split(args: argparse.Namespace) -> None:

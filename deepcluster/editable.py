@@ -1,6 +1,5 @@
 """What a model knows of its training images, and what people change about their clusters afterwards."""
 
-import csv
 import operator
 import os
 import tempfile
@@ -126,7 +125,7 @@ class Editable:
             atomic.write_json(run / "config.json", {"data": self._data, "plan": self.plan_.to_dict()})
             (run / "metrics.jsonl").touch()
             results.write(run, self.classifier_, {**self._found(), "features": self.embedding_}, table)
-            return runs.report(run, table, X, to)
+            return runs.report(run, table, X, to, command="model.apply_decisions('decisions.json')")
 
     def _images(self) -> pa.Table:
         check_is_fitted(self, "classifier_")
@@ -156,16 +155,3 @@ def _ids(clusters: Any) -> tuple[int, ...]:
         return tuple(map(operator.index, clusters))
     except TypeError:
         raise ValueError(f"clusters are whole numbers, a group of them is a list, [3, 17]; got {clusters!r}") from None
-
-
-def skipped(run: Path) -> list[tuple[str, str]]:
-    """What RUN/skipped.csv lists: names and reasons, as ``skipped_``; nothing if it is not there any more."""
-    path = run / "skipped.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [(_cell(row[0]), _cell(row[1])) for row in csv.reader(file)][1:]
-
-
-def _cell(text: str) -> str:
-    return text[1:] if text.startswith(("'=", "'+", "'-", "'@", "'\t", "'\r")) else text

@@ -235,7 +235,10 @@ def decisions(file: Path) -> Step:
         raise ValueError(f"cannot read {file}: {str(error.strerror).lower()}") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"cannot read the decisions in {file}: {' '.join(str(error).split())[:120]}") from None
-    return Step((*merges, *(Name(c, name) for c, name in sorted(named.items())), *map(Junk, junk)))
+    made = (*merges, *(Name(c, name) for c, name in sorted(named.items())), *map(Junk, junk))
+    if not made:
+        raise ValueError(f"there are no decisions in {file}: no names, merges or junk")
+    return Step(made)
 
 
 def pack(names: Sequence[str], steps: Sequence[Step], measured: dict[str, Tensor]) -> bytes:

@@ -15,7 +15,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from deepcluster import dist, metrics, outputs, results, runs
 from deepcluster import plan as planning
 from deepcluster.classifier import Classifier
-from deepcluster.editable import Editable, skipped
+from deepcluster.editable import Editable
 from deepcluster.runs import Job, Result
 from deepcluster.settings import AUTO, Settings
 from deepcluster.sources import open_source
@@ -267,7 +267,7 @@ def load(run: str | os.PathLike, device: str = AUTO) -> DeepCluster:
     self = DeepCluster.from_pretrained(run / "model", device)
     plan, data = config["plan"], config["data"]
     self.set_params(**planning.asked(plan), use_labels=bool(data.get("use_labels")), out=str(run))
-    self._keep(Result(plan, self.classifier_, table, np.empty(0), skipped(run), None, np.nan, data))
+    self._keep(Result(plan, self.classifier_, table, np.empty(0), outputs.read_skipped(run), None, np.nan, data))
     if results.stale(table, self.classifier_):  # an edit was interrupted between its files
         found = self.classifier_.describe(self.embedding_)
         self._table = results.edited(table, self.classifier_, found)

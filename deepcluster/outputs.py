@@ -19,6 +19,7 @@ from deepcluster.sources import Source, open_source
 from deepcluster.store import Store
 
 FORMAT = 1  # of a run directory
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the beginning of one
 FILES = ("config.json", "env.json", "metrics.jsonl", "train.log", "assignments.parquet", "features.npy",
          "clusters.parquet", "skipped.csv", "report.html", "checkpoints/last.pt",
          "checkpoints/last.tmp", "model/model.safetensors", "model/config.json", "model/names.json",
@@ -75,6 +76,19 @@ def prepare(out: Path) -> None:
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
 
 
+def read_skipped(run: Path) -> list[tuple[str, str]]:
+    """What RUN/skipped.csv lists, as it was before writing; nothing if it is not there any more."""
+    try:
+        with (run / "skipped.csv").open(newline="", encoding="utf-8") as file:
+            return [(_plain(row[0]), _plain(row[1])) for row in csv.reader(file)][1:]
+    except FileNotFoundError:
+        return []
+
+
+def _plain(text: str) -> str:
+    return text[1:] if text.startswith(tuple(f"'{sign}" for sign in FORMULA)) else text
+
+
 def read_config(run: Path) -> dict[str, Any]:
     """RUN/config.json.
 
@@ -124,7 +138,7 @@ def write_skipped(path: Path, skipped: Iterable[tuple[str, str]]) -> None:
 
 
 def _cell(text: str) -> str:
-    return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    return "'" + text if text.startswith(FORMULA) else text
 
 
 def read_assignments(run: Path) -> pa.Table:

@@ -134,10 +134,13 @@ def dry_run(settings: Settings, X: Any, job: Job) -> list[str]:
     return dryrun.lines(plan, source, device, job.workers)
 
 
-def report(run: Path, table: pa.Table, X: Any = None, to: Path | None = None, data_root: str | None = None) -> Path:
+def report(
+    run: Path, table: pa.Table, X: Any = None, to: Path | None = None, data_root: str | None = None, command: str = ""
+) -> Path:
     """Write the page of a finished run anew, with pictures from ``X``, else from its source if that is still there.
 
-    ``table``: its assignments. Labels that the source has are compared with, as when the run was trained.
+    ``table``: its assignments; ``command``: see ``write_report``. Labels that the source has are compared with, as when
+    the run was trained.
 
     Raises:
         ValueError: ``X`` holds other images than the run.
@@ -160,7 +163,7 @@ def report(run: Path, table: pa.Table, X: Any = None, to: Path | None = None, da
         if X is not None:
             raise
         logger.warning("%s; the report shows paths instead of images", error)
-    return write_report(run, store, true, to)
+    return write_report(run, store, true, to, command)
 
 
 def _train(

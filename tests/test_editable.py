@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from sklearn.exceptions import NotFittedError
 
 from deepcluster import DeepCluster, load
 
@@ -265,3 +266,9 @@ def test_clusters_without_images():
     assert not model.labels_.any()
     assert [row["id"] for row in model.cluster_info().to_pylist()] == [0]
     assert model.representative_images(1) == []
+
+
+@pytest.mark.parametrize("edit", [*EDITS.values(), lambda m: m.undo(), lambda m: m.report("a.html")])
+def test_an_edit_before_fit(edit):
+    with pytest.raises(NotFittedError):
+        edit(DeepCluster())

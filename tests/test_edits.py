@@ -368,3 +368,9 @@ def test_decisions_that_cannot_be_read(tmp_path, text):
         edits.decisions(file)
     with pytest.raises(ValueError, match="no such file"):
         edits.decisions(tmp_path / "none.json")
+
+
+def test_no_decisions(tmp_path):
+    (tmp_path / "decisions.json").write_text('{"format": 1, "names": {}, "merge": [], "junk": []}')
+    with pytest.raises(ValueError, match="there are no decisions in"):
+        edits.decisions(tmp_path / "decisions.json")

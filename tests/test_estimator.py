@@ -90,6 +90,7 @@ def test_saved_and_loaded(tmp_path):
     x = SHAPES["(N, H, W)"]
     model = DeepCluster(**QUICK, out=tmp_path / "run").fit(x)
     model.save_pretrained(tmp_path / "elsewhere")
+    assert DeepCluster.from_pretrained(tmp_path / "elsewhere").backbone == "convnet"
     for again in (load(tmp_path / "run"), DeepCluster.from_pretrained(tmp_path / "elsewhere")):
         assert np.array_equal(again.predict_proba(x), model.predict_proba(x))
     assert np.array_equal(load(tmp_path / "run").labels_, model.labels_)

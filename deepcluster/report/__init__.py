@@ -29,7 +29,9 @@ SCRIPTS = ("base.js", "pictures.js", "map.js", "hands.js", "panels.js", "edits.j
 HEATS = 300  # heat-maps at most
 
 
-def write_report(run: Path, store: Store | None, true: np.ndarray | None = None, to: Path | None = None) -> Path:
+def write_report(
+    run: Path, store: Store | None, true: np.ndarray | None = None, to: Path | None = None, command: str = ""
+) -> Path:
     """Write the page of a finished run, at most about 40 MB for any number of images.
 
     Args:
@@ -37,6 +39,7 @@ def write_report(run: Path, store: Store | None, true: np.ndarray | None = None,
         store: its images, found by their paths; without one, or one of features, paths are shown.
         true: (N,) int64 labels in the order of the run's assignments, -1 where unknown.
         to: the file to write; default report.html in the run.
+        command: what applies the decisions that are made on the page; default ``deepcluster merge``.
 
     Returns:
         The file.
@@ -72,7 +75,7 @@ def write_report(run: Path, store: Store | None, true: np.ndarray | None = None,
         heated="" if heats else " hidden",
         cards=cards.cards(found, choice, rank),
         copies=cards.copies(found, choice, rank),
-        command=text(f"deepcluster merge {shlex.quote(plain(run))} --from decisions.json"),
+        command=text(command or f"deepcluster merge {shlex.quote(plain(run))} --from decisions.json"),
         blocks="\n".join(f'<script type="application/json" id="{name}">{one}</script>' for name, one in blocks.items()),
         script=script,
         sheets="\n".join(f'<script type="text/plain" id="sheet{i}">{one}</script>' for i, one in enumerate(sheets)),
