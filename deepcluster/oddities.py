@@ -121,8 +121,8 @@ def _near(small: Tensor, features: np.ndarray, rows: np.ndarray, limit: float) -
     others = np.flatnonzero(lowest != np.arange(m))
     others = others[close(np.stack([lowest[others], others], 1))]
     first[others] = lowest[others]
-    for i, j in pairs[np.lexsort(pairs.T)].tolist():  # what has drifted from the first of its group
-        if first[i] < 0 and first[j] < 0 and lowest[j] != j:
+    for i, j in pairs.tolist():  # in order, so that i is settled; for what has drifted from the first of its group
+        if first[i] < 0 and first[j] < 0:
             first[j] = i
     return first
 

@@ -18,6 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from deepcluster.recipe import hint
 
 PENALTIES = (0.001, 0.01, 0.1, 1.0)  # C of the linear probe: the larger, the looser
+STEPS = 200  # of the solver at most
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # of the nearest neighbours, weighted by exp(cosine / temperature)
 
 
@@ -98,8 +99,8 @@ def _linear(
 
 def _regression(x: np.ndarray, y: np.ndarray, c: float) -> LogisticRegression:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # classes that are far apart have no finite optimum
-        return LogisticRegression(C=c, max_iter=200, tol=1e-3).fit(x, y)
+        warnings.simplefilter("ignore", ConvergenceWarning)  # near enough
+        return LogisticRegression(C=c, max_iter=STEPS, tol=1e-3).fit(x, y)
 
 
 def _knn(

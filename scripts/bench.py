@@ -4,7 +4,7 @@ predict   labelling images that are in memory, beside the bare forward pass of t
 report    writing report.html for 50,000 images (without its map), its size, and its first paint in Chromium
 
 Rounds alternate between both sides, so that a busy machine slows both; rates are per second of one thread's processor
-time, which other work disturbs least. Printed are the medians and the range of the ratio: how many times better ours is.
+time, which other work disturbs least. Printed: the medians, and the range of the ratio (how many times better ours is).
 """
 
 import argparse

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from deepcluster import probe
 from deepcluster.probe import probes
 
 
@@ -24,11 +25,11 @@ def test_separable_features_are_worth_all():
 
 @pytest.mark.parametrize("shuffled", ["features", "labels"])
 def test_what_tells_nothing_is_worth_chance(shuffled):
-    x, true = blobs(3000)
+    x, true = blobs(1500, dim=60)
     rng = np.random.default_rng(1)
     x, true = (rng.normal(size=x.shape), true) if shuffled == "features" else (x, rng.permutation(true))
     found = probes(x, true)
-    deviation = (1 / 3 * 2 / 3 / 600) ** 0.5
+    deviation = (1 / 3 * 2 / 3 / 300) ** 0.5
     for kind in ("linear", "knn"):
         assert found[kind]["accuracy"] == pytest.approx(1 / 3, abs=4 * deviation)
 
@@ -54,6 +55,7 @@ def test_the_same_split_for_the_same_seed():
     x, true = blobs(spread=0.6)
     found = probes(x, true)
     assert found == probes(x, true)
+    assert 0.6 < found["knn"]["accuracy"] == round(found["knn"]["accuracy"], 6) < 1
     assert found["knn"] == probes(x, true, ["knn"])["knn"]
     assert found["linear"] == probes(x, true, ("linear",))["linear"]
     assert len({probes(x, true, ("knn",), seed)["knn"]["accuracy"] for seed in range(5)}) > 1
@@ -74,6 +76,7 @@ def test_unknown_and_lonely_labels_are_left_out():
     found = probes(more, labels)
     assert {**found, "n_left_out": 0} == probes(x, true)
     assert found["n_left_out"] == 2
+    assert probes(more[:302], labels[:302]) == probes(x, true)
 
 
 def test_the_split_has_a_fifth_of_every_class():
@@ -81,6 +84,13 @@ def test_the_split_has_a_fifth_of_every_class():
     found = probes(np.eye(5, 6)[true], true)
     assert (found["n_train"], found["n_test"]) == (89, 23)
     assert found["linear"]["accuracy"] == 1.0
+
+
+def test_every_class_is_split_alike():
+    y = np.random.default_rng(0).permutation(np.repeat([0, 1, 4], [100, 10, 2]))
+    train, test = probe._split(y, np.random.default_rng(0))
+    assert np.bincount(y[test]).tolist() == [20, 2, 0, 0, 1]
+    assert sorted([*train, *test]) == list(range(112))
 
 
 def test_two_images_a_class_suffice():
@@ -96,6 +106,11 @@ def test_the_penalty_fits_the_noise():
     flipped = true.copy()
     x = np.concatenate([clean * 1e-3, np.random.default_rng(0).normal(size=(400, 60))], 1)
     assert probes(x, flipped, ("linear",))["linear"]["accuracy"] > 0.95
+
+
+def test_a_fit_that_takes_long_is_no_warning(monkeypatch):
+    monkeypatch.setattr(probe, "STEPS", 1)
+    assert probes(*blobs(), ["linear"])["linear"]["accuracy"] > 0.9
 
 
 @pytest.mark.parametrize(
