@@ -612,3 +612,14 @@ def test_empty_and_imageless_folders(tmp_path):
 def test_an_array_file_with_braces_in_its_name(tmp_path, name):
     np.save(tmp_path / name, np.zeros((2, 8, 8), np.uint8))
     assert open_source(tmp_path / name).names == [f"{tmp_path}/{name}#{i}" for i in range(2)]
+
+
+def test_a_folder_called_digits(tmp_path, monkeypatch, caplog):
+    (tmp_path / "digits").mkdir()
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "digits/a.png")
+    assert len(open_source("digits").names) == 1797
+    assert not caplog.text
+    monkeypatch.chdir(tmp_path)
+    assert len(open_source("digits").names) == 1797
+    assert "write ./digits" in caplog.text
+    assert open_source("./digits").names == ["./digits/a.png"]

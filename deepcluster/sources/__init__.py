@@ -9,6 +9,7 @@ know (`Source.classes`) are for evaluation only.
 
 import difflib
 import glob
+import logging
 import os
 import re
 from collections import Counter
@@ -46,6 +47,8 @@ def open_source(source: str | os.PathLike | np.ndarray | Sequence[str], *, data_
         raise ValueError(f"a source is {KINDS}, a numpy array or a list of paths; got {type(source).__name__}")
     location = os.fspath(source)
     if location == "digits":
+        if os.path.exists("digits"):
+            logging.getLogger("deepcluster").warning("digits are the built-in ones; write ./digits for what lies here")
         from sklearn.datasets import load_digits
 
         images, labels = load_digits(return_X_y=True)
