@@ -248,16 +248,15 @@ class Classifier(nn.Module):
         weights = {k: v.detach().cpu().contiguous() for k, v in (self.state_dict() | self.trained).items()}
         atomic.write(folder / "model.safetensors", serialise(weights))
         atomic.write_json(folder / "config.json", asdict(self.spec))
-        self.save_edits(folder)
+        for name, data in self.edit_files().items():
+            if self.steps or name != "edits.safetensors" or (folder / name).exists():
+                atomic.write(folder / name, data)
 
-    def save_edits(self, folder: Path) -> None:
-        """Write the edits, and the names, which may be edited, beside the model they belong to."""
-        if self.steps:
-            measured = {"centroids": self.centroids, "reach": self.reach}
-            atomic.write(folder / "edits.safetensors", edits.pack(self.first_names, self.steps, measured))
-        else:
-            (folder / "edits.safetensors").unlink(missing_ok=True)
-        atomic.write_json(folder / "names.json", self.names)
+    def edit_files(self) -> dict[str, bytes]:
+        """What changes with an edit: the names, and the edits themselves, an empty log if all were undone."""
+        measured = {"centroids": self.centroids, "reach": self.reach}
+        packed = edits.pack(self.first_names, self.steps, measured)
+        return {"names.json": (json.dumps(self.names, indent=2) + "\n").encode(), "edits.safetensors": packed}
 
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> "Classifier":

@@ -1,5 +1,6 @@
 """What a model knows of its training images, and what people change about their clusters afterwards."""
 
+import contextlib
 import operator
 import os
 import tempfile
@@ -141,11 +142,19 @@ class Editable:
 
     def _apply(self: Self, step: edits.Step | None) -> Self:
         """Take one step of edits, or the last one back; in the run directory too, if there is one."""
-        table, features = self._images(), self.embedding_
-        found = self.classifier_.edit(features, step) if step else self.classifier_.undo(features)
-        self._table = results.edited(table, self.classifier_, found)
-        if self._run:
-            results.rewrite(self._run, self.classifier_, found, self._table)
+        table, features, classifier = self._images(), self.embedding_, self.classifier_
+        before = {name: getattr(classifier, name) for name in ("steps", "ids", "centroids", "reach", "trained")}
+        try:
+            with results.editing(self._run, classifier) if self._run else contextlib.nullcontext():
+                found = classifier.edit(features, step) if step else classifier.undo(features)
+                self._table = results.edited(table, classifier, found)
+                if self._run:
+                    results.rewrite(self._run, classifier, found, self._table)
+        except BaseException:
+            self._table = table
+            for name, value in before.items():
+                setattr(classifier, name, value)
+            raise
         return self
 
 

@@ -8,6 +8,7 @@ Shapes: B images, D features, K ids so far.
 """
 
 import json
+import operator
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -175,6 +176,10 @@ class Name(Edit):
     def record(self, ids: Ids) -> None:
         """One name changes."""
         ids.check(self.cluster)
+        try:
+            self.name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the name {self.name!r} cannot be written as UTF-8; use other letters") from None
         ids.names[self.cluster] = self.name
 
 
@@ -201,6 +206,10 @@ class Step:
     edits: tuple[Edit, ...]
     when: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S"))
 
+    def words(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"when": self.when, "edits": [edit.words() for edit in self.edits]}
+
 
 def ids_after(names: Sequence[str], steps: Iterable[Step]) -> Ids:
     """The ids after all steps, from the names at the start; raises a ValueError at the first edit that cannot be."""
@@ -224,16 +233,16 @@ def decisions(file: Path) -> Step:
     """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        merges = [Merge(tuple(int(c) for c in group)) for group in found.get("merge", [])]
+        merges = [Merge(tuple(map(operator.index, group))) for group in found.get("merge", [])]
         gone = {c: min(merge.clusters) for merge in merges for c in merge.clusters}
         names = {int(c): str(name) for c, name in found.get("names", {}).items()}
         named = {gone.get(c, c): name for c, name in sorted(names.items(), reverse=True) if name or c not in gone}
-        junk = sorted({gone.get(int(c), int(c)) for c in found.get("junk", [])})
+        junk = sorted({gone.get(c, c) for c in map(operator.index, found.get("junk", []))})
         if found.get("format", FORMAT) > FORMAT:
             raise ValueError(f"it has format {found['format']}, this version reads {FORMAT}; upgrade deepcluster")
     except OSError as error:
         raise ValueError(f"cannot read {file}: {str(error.strerror).lower()}") from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"cannot read the decisions in {file}: {' '.join(str(error).split())[:120]}") from None
     made = (*merges, *(Name(c, name) for c, name in sorted(named.items())), *map(Junk, junk))
     if not made:
@@ -243,11 +252,10 @@ def decisions(file: Path) -> Step:
 
 def pack(names: Sequence[str], steps: Sequence[Step], measured: dict[str, Tensor]) -> bytes:
     """The undo log as one safetensors file: words in its metadata, tensors as tensors; with the names at the start."""
-    tensors, log = dict(measured), []
+    tensors = dict(measured)
     for i, step in enumerate(steps):
-        log.append({"when": step.when, "edits": [edit.words() for edit in step.edits]})
         tensors |= {f"{i}.{j}.{name}": getattr(e, name) for j, e in enumerate(step.edits) for name in e.tensors}
-    words = {"format": FORMAT, "names": list(names), "steps": log}
+    words = {"format": FORMAT, "names": list(names), "steps": [step.words() for step in steps]}
     kept = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     return serialise(kept, metadata={"edits": json.dumps(words)})
 

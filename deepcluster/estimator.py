@@ -166,7 +166,7 @@ class DeepCluster(Editable, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Trans
         self.plan_, self.skipped_, self.scores_ = result.plan, result.skipped, result.scores
         self._table, self._data, self.seconds_ = result.images, result.data, result.seconds
         self.n_labelled_ = result.data.get("n_labelled", 0)
-        self._run = Path(self.out) if self.out is not None else None
+        self._run = Path(self.out).absolute() if self.out is not None else None
         self._features = np.empty(0) if self._run else result.features  # what is on disk needs no memory
         return self._use(result.classifier)
 
@@ -268,10 +268,7 @@ def load(run: str | os.PathLike, device: str = AUTO) -> DeepCluster:
     plan, data = config["plan"], config["data"]
     self.set_params(**planning.asked(plan), use_labels=bool(data.get("use_labels")), out=str(run))
     self._keep(Result(plan, self.classifier_, table, np.empty(0), outputs.read_skipped(run), None, np.nan, data))
-    if results.stale(table, self.classifier_):  # an edit was interrupted between its files
-        found = self.classifier_.describe(self.embedding_)
-        self._table = results.edited(table, self.classifier_, found)
-        results.rewrite(run, self.classifier_, found, self._table)
+    self._table = results.mended(run, table, self.classifier_)
     return self
 
 

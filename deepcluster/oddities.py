@@ -190,29 +190,21 @@ def _usual(features: np.ndarray, rows: np.ndarray) -> float:
     return float(np.median(_apart(features, rows[i], rows[j])))
 
 
-def reasons(store: Store, found: dict[str, np.ndarray], classifier: Classifier | None = None) -> list[str]:
+def reasons(looks: Sequence[str], found: dict[str, np.ndarray], classifier: Classifier | None = None) -> list[str]:
     """Why an image is out of place, in a few words; "" for unremarkable images.
 
     Every outlier has a reason; another image only if it is almost blank and images of this store are mostly not.
 
     Args:
-        store: the images.
+        looks: N, of ``looks``.
         found: what the classifier says of them: ``is_outlier``, ``cluster``, ``distance`` and ``features``.
         classifier: tells which cluster an outlier is near to, if any.
 
     Returns:
         N reasons: one of LOOKS, "far from every cluster", "nearer to cluster 7" or "far from its own cluster".
     """
-    return _said(_looks(store), found, classifier)
-
-
-def renewed(before: Sequence[str], found: dict[str, np.ndarray], classifier: Classifier) -> list[str]:
-    """The ``reasons`` of the same images after the clusters were changed, without looking at the images again."""
-    return _said(np.array([reason if reason in LOOKS else "" for reason in before], object), found, classifier)
-
-
-def _said(looks: np.ndarray, found: dict[str, np.ndarray], classifier: Classifier | None) -> list[str]:
-    said = np.where(found["is_outlier"] | (looks == BLANK), looks, "").astype(object)
+    look = np.array(looks, object)
+    said = np.where(found["is_outlier"] | (look == BLANK), look, "").astype(object)
     rows = np.flatnonzero(found["is_outlier"] & (said == ""))
     said[rows] = "far from its own cluster"
     if classifier is not None:
@@ -236,11 +228,11 @@ def _where(features: np.ndarray, cluster: np.ndarray, distance: np.ndarray, clas
     ]
 
 
-def _looks(store: Store) -> np.ndarray:
-    """(N,) object: which of LOOKS an image has, "" if none, as it is stored."""
+def looks(store: Store) -> list[str]:
+    """N: which of LOOKS an image has, "" if none, as it is stored."""
     said = np.full(len(store), "", object)
     if len(store.shape) == 1:
-        return said
+        return said.tolist()
     rows = np.arange(len(store))
     light, contrast = np.empty(len(store)), np.empty(len(store))
     for start, part in zip(range(0, len(store), BLOCK), _blocks(store, rows), strict=True):
@@ -251,4 +243,4 @@ def _looks(store: Store) -> np.ndarray:
     said[light < dark] = DARK
     said[light > bright] = BRIGHT
     said[contrast < min(CONTRAST, 0.2 * float(np.median(contrast)))] = BLANK
-    return said
+    return said.tolist()

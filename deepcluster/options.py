@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 from deepcluster import __version__
 from deepcluster.settings import Settings
 
-COMMANDS = ("demo", "fit", "predict", "evaluate", "export", "report", "merge", "split", "name", "junk",
-            "reduce-outliers", "undo", "methods", "doctor")  # fmt: skip
+EDITS = ("merge", "split", "name", "junk", "reduce-outliers", "undo")
+COMMANDS = ("demo", "fit", "predict", "evaluate", "export", "report", *EDITS, "methods", "doctor")
 FORMATS = ("npy", "parquet", "safetensors", "model", "onnx", "folders", "projector")
 NAMES = [f.name for f in fields(Settings)]
 

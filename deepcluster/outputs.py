@@ -186,7 +186,7 @@ def read_run(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]], pa.Table,
 def _read_table(run: Path, name: str) -> pa.Table:
     try:
         with (run / name).open("rb") as f:  # pyarrow takes no path that is not UTF-8
-            return pq.read_table(f)
+            return pq.read_table(f, use_threads=False)  # its threads may outlive the interpreter, which then aborts
     except FileNotFoundError:
         raise ValueError(unfinished(run, name)) from None
     except (OSError, pa.ArrowException) as error:

@@ -1,6 +1,11 @@
 """What came out of a run, as tables: one row an image, one row a cluster."""
 
-from collections.abc import Sequence
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +15,18 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 
-from deepcluster import atomic, oddities
+from deepcluster import atomic, edits, oddities, outputs
 from deepcluster.classifier import Classifier
+from deepcluster.edits import Step
 
+try:
+    import fcntl
+except ImportError:  # Windows: nobody waits
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger("deepcluster")
 REPRESENTATIVES = 9  # images a cluster is shown by
-EDITS = b"edits"  # how many steps of edits a table shows: in its schema's metadata
+EDITS = b"edits"  # a digest of the edits that a table shows: in its schema's metadata
 
 
 def representatives(found: dict[str, np.ndarray]) -> np.ndarray:
@@ -94,7 +106,7 @@ def training_images(
     table = table.add_column(last, "is_representative", pa.array(representatives(found)))
     for name, column in known.items():
         table = table.append_column(name, column)
-    return table.replace_schema_metadata({EDITS: str(len(classifier.steps))})
+    return table.replace_schema_metadata({EDITS: _log(classifier.steps)})
 
 
 def write(run: Path, classifier: Classifier, found: dict[str, np.ndarray], table: pa.Table) -> None:
@@ -108,20 +120,54 @@ def write(run: Path, classifier: Classifier, found: dict[str, np.ndarray], table
 
 def edited(table: pa.Table, classifier: Classifier, found: dict[str, np.ndarray]) -> pa.Table:
     """The assignments of a run whose clusters were changed: the same images, described anew by ``found``."""
-    known = {name: table[name] for name in ("reason", "duplicate_of", "given") if name in table.column_names}
-    if "reason" in known:
-        said = oddities.renewed(known["reason"].to_pylist(), found, classifier)
-        known["reason"] = pa.array(said, pa.string())
+    known = {name: table[name] for name in ("look", "reason", "duplicate_of", "given") if name in table.column_names}
+    if "look" in known:
+        known["reason"] = pa.array(oddities.reasons(known["look"].to_pylist(), found, classifier), pa.string())
     return training_images(found, table["path"].to_pylist(), table["sha1"].to_pylist(), classifier, known)
 
 
 def rewrite(run: Path, classifier: Classifier, found: dict[str, np.ndarray], table: pa.Table) -> None:
-    """The edits of a run, and its tables as they are now."""
-    classifier.save_edits(run / "model")
-    write_table(run / "clusters.parquet", clusters(found, table["path"].to_pylist(), classifier))
-    write_table(run / "assignments.parquet", table)
+    """The edits of a run, and its tables as they are now: all of them, or none if something goes wrong."""
+    tables = {"assignments": table, "clusters": clusters(found, table["path"].to_pylist(), classifier)}
+    with contextlib.ExitStack() as files:  # renamed when all are written, the edits first: see ``mended``
+        for name, one in tables.items():
+            pq.write_table(one, files.enter_context(atomic.replacing(run / f"{name}.parquet")))
+        for name, data in classifier.edit_files().items():
+            files.enter_context(atomic.replacing(run / "model" / name)).write(data)
 
 
-def stale(table: pa.Table, classifier: Classifier) -> bool:
-    """Whether a table does not show the edits of its model: one was interrupted."""
-    return int((table.schema.metadata or {}).get(EDITS, b"0")) != len(classifier.steps)
+@contextlib.contextmanager
+def editing(run: Path, classifier: Classifier) -> Iterator[None]:
+    """One at a time may change the clusters of a run, and only if it knows of all edits so far.
+
+    Raises:
+        ValueError: somebody else made an edit since the classifier was read.
+    """
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        if fcntl:
+            with contextlib.suppress(OSError):  # some network disks have no locks
+                fcntl.flock(folder, fcntl.LOCK_EX)
+        kept = run / "model" / "edits.safetensors"
+        if _log(edits.unpack(kept)[1] if kept.exists() else []) != _log(classifier.steps):
+            raise ValueError(f"the clusters of {run} were edited meanwhile; look at them, then do it again")
+        yield
+    finally:
+        os.close(folder)
+
+
+def mended(run: Path, table: pa.Table, classifier: Classifier) -> pa.Table:
+    """The assignments of a run, made anew if they do not show the edits of its model: one was interrupted."""
+    if (table.schema.metadata or {}).get(EDITS, _log([])) == _log(classifier.steps):
+        return table
+    found = classifier.describe(outputs.read_features(run))
+    table = edited(table, classifier, found)
+    try:
+        rewrite(run, classifier, found, table)
+    except OSError as error:
+        logger.warning("an edit of %s was interrupted, and its tables cannot be mended: %s", run, error.strerror)
+    return table
+
+
+def _log(steps: Sequence[Step]) -> bytes:
+    return hashlib.sha1(json.dumps([step.words() for step in steps]).encode()).hexdigest().encode()

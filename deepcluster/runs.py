@@ -209,8 +209,10 @@ def _seen(
     """Columns that only training images have."""
     first = oddities.duplicates(store, found["features"])
     names = store.names
+    looks = oddities.looks(store)
     columns = {
-        "reason": pa.array(oddities.reasons(store, found, classifier), pa.string()),
+        "look": pa.array(looks, pa.string()),
+        "reason": pa.array(oddities.reasons(looks, found, classifier), pa.string()),
         "duplicate_of": pa.array([names[i] if i >= 0 else None for i in first.tolist()], pa.string()),
     }
     return columns | ({"given": pa.array(known.given)} if known else {})

@@ -38,7 +38,7 @@ QUICK = [
     "fp32",
     "--quiet",
 ]
-TRAINING = ("is_representative", "reason", "duplicate_of")  # columns that new images lack
+TRAINING = ("is_representative", "look", "reason", "duplicate_of")  # columns that new images lack
 RESULTS = ("assignments.parquet", "clusters.parquet", "features.npy", "model/model.safetensors")
 
 

@@ -1,14 +1,16 @@
 """deepcluster merge, split, name, junk, reduce-outliers, undo: what they print, what they leave on disk, what obeys."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deepcluster import load, results
+from deepcluster import atomic, load, results
 from deepcluster.__main__ import main
 
 TABLES = ("assignments.parquet", "clusters.parquet", "model/names.json")
@@ -19,7 +21,7 @@ def trained(tmp_path_factory):
     """A run on noise with more and less bright images."""
     where = tmp_path_factory.mktemp("edits")
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 60, (90, 8, 8)) + 60 * (np.arange(90) % 4)[:, None, None]
+    images = rng.integers(0, 60, (120, 8, 8)) + 60 * (np.arange(120) % 4)[:, None, None]
     np.save(where / "x.npy", images.astype(np.uint8))
     argv = ["fit", "x.npy", "--n-clusters", "4", "--method", "iic", "--epochs", "4", "--batch-size", "16",
             "--image-size", "8", "--precision", "fp32", "--quiet", "--out", "run"]  # fmt: skip
@@ -80,7 +82,7 @@ def test_name_and_undo(run, capsys):
     assert "red vans" in pq.read_table("new.parquet")["name"].to_pylist()
     do("undo", run)
     assert tables() == before
-    assert not Path("run/model/edits.safetensors").exists()
+    assert load(run).classifier_.steps == []
     capsys.readouterr()
     assert main(["undo", "run"]) == 2
     assert "there is no edit to undo" in capsys.readouterr().err
@@ -151,23 +153,103 @@ def test_wrong_edits_change_nothing(run, capsys, argv, said):
     assert tables() == before
 
 
-@pytest.mark.parametrize("at", [1, 2])
-def test_an_edit_killed_between_its_files_is_finished_by_whoever_comes_next(run, monkeypatch, at):
-    count, real = [0], results.write_table
+class Killed(BaseException):
+    """As if the power failed: nothing is cleaned up on the way."""
 
-    def killed(*args):
+
+@pytest.mark.parametrize("command", [["merge", "run", "0", "1"], ["undo", "run"]])
+@pytest.mark.parametrize("renames", range(5))
+def test_an_edit_killed_at_any_rename_was_made_or_not(run, monkeypatch, command, renames):
+    do("split", run, 2)
+    do("name", run, 0, "first")
+    before, real, count = load(run).predict_proba(np.load("x.npy")), Path.replace, [0]
+
+    def replace(self, target):
+        if count[0] == renames:
+            raise Killed
         count[0] += 1
-        if count[0] == at:
-            raise KeyboardInterrupt
-        real(*args)
+        return real(self, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(results, "write_table", killed)
-        assert main(["merge", "run", "0", "1", "--quiet"]) == 130
-    assert 1 in set(cluster()), "the table was already written"
-    do("evaluate", run, "--labels", labels())
-    assert 1 not in set(cluster())
-    assert 1 not in sizes()
+        patch.setattr(Path, "replace", replace)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        with pytest.raises(Killed) if renames < 4 else contextlib.nullcontext():
+            do(*command)
+    model = load(run)
+    was_made = len(model.classifier_.steps) != 2
+    assert was_made == (renames > 0), "the edits are the first to be renamed"
+    assert np.array_equal(model.labels_, model.predict(np.load("x.npy")))
+    assert np.array_equal(model.labels_, cluster()), "the tables were not mended"
+    assert set(sizes()) == set(cluster())
+    assert model.classifier_.names[0] == ("" if was_made and command[0] == "undo" else "first")
+    if was_made and command[0] == "merge":
+        do("undo", run)
+    if command[0] == "merge":
+        assert np.array_equal(load(run).predict_proba(np.load("x.npy")), before)
+
+
+@pytest.mark.parametrize("command", [["merge", "run", "0", "1"], ["undo", "run"]])
+def test_an_edit_that_finds_the_disk_full_changes_nothing(run, monkeypatch, capsys, command):
+    do("name", run, 0, "first")
+    before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+    real = atomic.os.fsync
+
+    def full(number):
+        if "edits.safetensors" in str(Path(f"/proc/self/fd/{number}").readlink()):
+            raise OSError(28, "No space left on device")
+        real(number)
+
+    monkeypatch.setattr(atomic.os, "fsync", full)
+    assert main([*command, "--quiet"]) == 2
+    assert "no space left on device" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()} == before
+
+
+def test_in_memory_too_a_failed_edit_changes_nothing(run, monkeypatch):
+    model = load(run)
+    x, labels = np.load("x.npy"), model.labels_.copy()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "rewrite", full)
+        with pytest.raises(OSError, match="No space"):
+            model.merge_clusters([[0, 1]])
+    assert model.classifier_.steps == []
+    assert np.array_equal(model.predict(x), labels)
+    assert np.array_equal(model.labels_, labels)
+    with pytest.raises(ValueError, match="cannot be written as UTF-8"):
+        model.set_cluster_names({0: "\ud800"})
+    assert model.classifier_.names[0] == ""
+    model.merge_clusters([[0, 1]])
+    assert np.array_equal(load(run).labels_, model.labels_)
+
+
+def test_two_who_edit_at_once(run):
+    one, two = load(run), load(run)
+    one.merge_clusters([[0, 1]])
+    with pytest.raises(ValueError, match="were edited meanwhile; look at them"):
+        two.set_cluster_names({2: "x"})
+    assert two.classifier_.names[2] == ""
+    assert len(load(run).classifier_.steps) == 1
+    one.set_cluster_names({2: "x"})
+    assert len(load(run).classifier_.steps) == 2
+
+
+def test_undo_brings_the_reasons_back(run):
+    table = pq.read_table("run/assignments.parquet")
+    assert any(table["is_outlier"].to_pylist())
+    dark = pa.array(np.where(table["is_outlier"], "among the darkest 1 %", ""))
+    for name in ("look", "reason"):
+        table = table.set_column(table.column_names.index(name), name, dark)
+    results.write_table(run / "assignments.parquet", table)
+    do("reduce-outliers", run)
+    do("split", run, 0)
+    do("undo", run)
+    do("undo", run)
+    assert pq.read_table("run/assignments.parquet")["reason"].equals(table["reason"])
+    assert pq.read_table("run/assignments.parquet")["look"].equals(table["look"])
 
 
 def labels():

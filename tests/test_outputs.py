@@ -33,7 +33,7 @@ FILES = {"config.json", "env.json", "metrics.jsonl", "train.log", "checkpoints/l
          "model/config.json", "model/names.json", "assignments.parquet", "features.npy", "clusters.parquet",
          "skipped.csv", "report.html", "map.npz"}  # fmt: skip
 COLUMNS = ["path", "sha1", "cluster", "name", "probability", "second", "margin", "distance", "is_outlier",
-           "is_representative", "is_junk", "reason", "duplicate_of"]  # fmt: skip
+           "is_representative", "is_junk", "look", "reason", "duplicate_of"]  # fmt: skip
 N = 24
 
 

@@ -10,7 +10,10 @@ from torch import nn
 
 from deepcluster import oddities
 from deepcluster.classifier import Classifier, Spec
-from deepcluster.oddities import reasons, renewed
+
+
+def reasons(store, found, classifier=None):
+    return oddities.reasons(oddities.looks(store), found, classifier)
 
 
 def photos(n, side=32):
@@ -70,14 +73,14 @@ def test_reasons_by_look():
     }
     classifier = judge()
     classifier.reach[:] = 0.001
-    said = reasons(store, found, classifier)
+    looks, said = oddities.looks(store), reasons(store, found, classifier)
     assert {i: reason for i, reason in enumerate(said) if reason} == expected
     found["is_outlier"][[4, 5, 6]] = [False, True, True]
-    assert {4, 6} & {i for i, reason in enumerate(renewed(said, found, classifier)) if reason} == {6}
-    assert renewed(said, found, classifier)[3] == expected[3]
-    assert renewed(said, found, classifier)[5:8] == ["almost blank", *["far from every cluster"] * 2]
+    assert {4, 6} & {i for i, reason in enumerate(oddities.reasons(looks, found, classifier)) if reason} == {6}
+    assert oddities.reasons(looks, found, classifier)[3] == expected[3]
+    assert oddities.reasons(looks, found, classifier)[5:8] == [expected[5], expected[3], "far from every cluster"]
     classifier.reach[:] = torch.inf
-    assert renewed(said, found, classifier)[5:8] == ["almost blank", *["far from its own cluster"] * 2]
+    assert oddities.reasons(looks, found, classifier)[5:8] == [expected[5], expected[3], "far from its own cluster"]
     found["is_outlier"][:] = True
     counts = Counter(reasons(store, found, classifier))
     assert counts["almost blank"] == 1
