@@ -95,6 +95,8 @@ def _predict(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {args.out} lies in the run {args.run}; give --out a place outside it")
     if out.is_dir():
         raise ValueError(f"--out {args.out} is a folder; give --out the name of a .parquet file")
+    if out.exists() and not results.is_predictions(out):
+        raise ValueError(f"--out {args.out} is there and holds no predictions, so it is kept; give --out another name")
     outputs.check_folder(out.parent)
     model = load(args.run, args.device)
     model.quiet = args.quiet
@@ -145,6 +147,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         found = {name: np.concatenate([part[name] for part in parts]) for name in wanted}
         cluster, features = found["cluster"], found.get("features", np.empty(0))
     else:
+        outputs.check_unchanged(opened, data)
         names, cluster, sha1 = table["path"].to_pylist(), table["cluster"].to_numpy(), table["sha1"].to_pylist()
         features = model.embedding_ if args.probe else np.empty(0)
     position = {name: i for i, name in enumerate(opened.names)}
@@ -162,7 +165,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     scores = evaluate.scores(cluster, true, config["plan"].n_clusters)
     if learnt:
         scores["n_given_left_out"] = int((known >= 0).sum() - (true >= 0).sum())
-    if args.probe:
+    if args.probe is not None:
         scores["probe"] = probe.probes(features, true, args.probe.split(","))
     split = args.source or "train"
     print(json.dumps({**scores, "split": split, "splits": {split: scores}}))

@@ -31,7 +31,7 @@ class Editable:
 
     @property
     def labels_(self) -> np.ndarray:
-        """(N,) int64 cluster of each readable training image, in input order."""
+        """(N,) int64 cluster of each readable training image, in input order; numbered by size until edited."""
         return self._images().column("cluster").to_numpy()
 
     @property
@@ -95,7 +95,7 @@ class Editable:
 
     def apply_decisions(self: Self, path: str | os.PathLike) -> Self:
         """Make the edits that were chosen on the report page and downloaded from it as decisions.json."""
-        return self._apply(edits.decisions(Path(path)))
+        return self._apply(edits.decisions(Path(path), results.identity(self._images())))
 
     def undo(self: Self) -> Self:
         """Take the last edit back. Every edit is kept, so all can be taken back, one after the other."""

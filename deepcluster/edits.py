@@ -225,11 +225,11 @@ def distance(unit: Tensor, centroids: Tensor) -> Tensor:
     return 1 - (unit * F.normalize(centroids, dim=1)).sum(1)
 
 
-def decisions(file: Path) -> Step:
+def decisions(file: Path, of: str = "") -> Step:
     """What was decided on the report page: the file it offers for download.
 
     Raises:
-        ValueError: it cannot be read, or is no such file.
+        ValueError: it cannot be read, is no such file, or belongs to another state than ``of``.
     """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -245,6 +245,9 @@ def decisions(file: Path) -> Step:
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"cannot read the decisions in {file}: {' '.join(str(error).split())[:120]}") from None
     made = (*merges, *(Name(c, name) for c, name in sorted(named.items())), *map(Junk, junk))
+    if of and found.get("of", of) != of:
+        raise ValueError(f"{file} was decided on the report of another run, or before the last edit; write the report "
+                         "anew and decide there")  # fmt: skip
     if not made:
         raise ValueError(f"there are no decisions in {file}: no names, merges or junk")
     return Step(made)

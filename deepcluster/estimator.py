@@ -45,7 +45,7 @@ class DeepCluster(Editable, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Trans
     Attributes
     ----------
     labels_ : ndarray of shape (n_images,), int64
-        Cluster of each readable training image, in input order; 0 is the largest, and all below the largest id occur.
+        Cluster of each readable training image, in input order; 0 is the largest until clusters are edited.
     names_ : list of str
         Path of each of these images.
     embedding_ : ndarray of shape (n_images, n_features), float32
@@ -157,7 +157,8 @@ class DeepCluster(Editable, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Trans
     def _fit(self, X: Any, y: Any = None, hooks: Any = (), settings: Any = None, **job: Any) -> "DeepCluster":
         settings = settings or self._settings()
         self.__dict__ = {k: v for k, v in vars(self).items() if k not in ("n_features_in_", "feature_names_in_")}
-        return self._keep(runs.begin(settings, self._checked(X, reset=True), self._job(**job), y, hooks))
+        X, columns = self._checked(X, reset=True), getattr(self, "feature_names_in_", None)
+        return self._keep(runs.begin(settings, X, self._job(columns=columns, **job), y, hooks))
 
     def _resume(self, labels: str | None = None, **job: Any) -> "DeepCluster":
         return self._keep(runs.resume(self._job(**job), self.device, labels))
@@ -166,6 +167,8 @@ class DeepCluster(Editable, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Trans
         self.plan_, self.skipped_, self.scores_ = result.plan, result.skipped, result.scores
         self._table, self._data, self.seconds_ = result.images, result.data, result.seconds
         self.n_labelled_ = result.data.get("n_labelled", 0)
+        if names := result.data.get("feature_names"):
+            self.feature_names_in_ = np.array(names, object)
         self._run = Path(self.out).absolute() if self.out is not None else None
         self._features = np.empty(0) if self._run else result.features  # what is on disk needs no memory
         return self._use(result.classifier)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from deepcluster import atomic
 from deepcluster.plan import Plan
 from deepcluster.sources import Source, open_source
-from deepcluster.store import Store
+from deepcluster.store import Store, open_store
 
 FORMAT = 1  # of a run directory
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the beginning of one
@@ -126,6 +126,19 @@ def reopen(data: dict[str, Any], data_root: str | None = None) -> Source:
 def content(store: Store) -> str:
     """A digest of all images in order: the same if and only if they are."""
     return hashlib.sha1("".join(store.sha1).encode()).hexdigest()
+
+
+def check_unchanged(source: Source, data: dict[str, Any]) -> None:
+    """Make sure that a source still holds the images of a run: ``data`` of its config.json.
+
+    Raises:
+        ValueError: it holds others.
+    """
+    if source.signature != data.get("signature"):  # moved, touched or changed
+        size, channels = data["size"]
+        if content(open_store(source, size=size, channels=channels)) != data["content"]:
+            raise ValueError(f"{source.location} has other images than when the run was made; name a SOURCE to predict "
+                             "and evaluate what is there now")  # fmt: skip
 
 
 def write_skipped(path: Path, skipped: Iterable[tuple[str, str]]) -> None:

@@ -209,7 +209,7 @@ def resolve(settings: Settings, n_images: int, shape: tuple[int, ...], device: t
     """
     k = settings.n_clusters
     if n_images < k:
-        fewer = f"use --n-clusters {max(2, n_images // 5)} or fewer"
+        fewer = f"use --n-clusters {max(2, n_images // 5)} or fewer" if n_images > 1 else "give more images"
         raise ValueError(f"{n_images} images cannot make {k} clusters; {fewer}")
     backbone = settings.backbone
     if settings.init_from:

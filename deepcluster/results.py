@@ -169,5 +169,22 @@ def mended(run: Path, table: pa.Table, classifier: Classifier) -> pa.Table:
     return table
 
 
+def identity(table: pa.Table) -> str:
+    """Differs for the assignments of other images, and after an edit."""
+    digest = hashlib.sha1((table.schema.metadata or {}).get(EDITS, _log([])))
+    for sha1 in table["sha1"].to_pylist():
+        digest.update(sha1.encode())
+    return digest.hexdigest()
+
+
+def is_predictions(path: Path) -> bool:
+    """Whether a file is a table as ``images`` makes it: one that may be made anew."""
+    try:
+        names = set(pq.read_schema(path).names)
+    except (OSError, pa.ArrowException):
+        return False
+    return {"path", "sha1", "cluster", "probability"} <= names and "image" not in names
+
+
 def _log(steps: Sequence[Step]) -> bytes:
     return hashlib.sha1(json.dumps([step.words() for step in steps]).encode()).hexdigest().encode()

@@ -2,8 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Job:
     labels: str = "none"  # --labels auto | none | FILE.csv
     workers: int | None = None
     data_root: str | None = None
+    columns: Sequence[str] | None = None  # names of the features, of a table that has them
 
     def progress(self, of: Any, **kw: Any) -> Any:
         """A bar over images."""
@@ -84,8 +85,10 @@ def begin(settings: Settings, X: Any, job: Job, y: Any = None, hooks: tuple[Call
         known = known and known.of_rows(store.rows)
         where = os.fspath(X) if isinstance(X, (str, os.PathLike)) else source.location
         data = {"source": where, "cwd": str(Path.cwd()), "data_root": job.data_root, "size": size,
-                "labels": job.labels, "n_images": len(store), "content": outputs.content(store)}  # fmt: skip
+                "labels": job.labels, "n_images": len(store), "content": outputs.content(store),
+                "signature": source.signature}  # fmt: skip
         data |= known.facts if known else {}
+        data |= {"feature_names": list(job.columns)} if job.columns is not None else {}
         if out and dist.is_main():
             outputs.prepare(out)
             config = {"format": outputs.FORMAT, "version": version, "git": doctor.revision(), "data": data,
@@ -155,15 +158,27 @@ def report(
         store = open_store(source, size=size, channels=channels)
         if X is not None and store.sha1 != table["sha1"].to_pylist():
             raise ValueError("X holds other images than those the model was trained on")
-        if store.sha1 == table["sha1"].to_pylist():
-            store.names = table["path"].to_pylist()  # also where they lie elsewhere now
+        known = dict(zip(table["path"].to_pylist(), table["sha1"].to_pylist(), strict=True))
+        if store.sha1 == [*known.values()]:
+            store.names = [*known]  # also where they lie elsewhere now
             found = evaluate.true_classes(source, evaluate.for_scores(data))
             true = evaluate.unseen(evaluate.of_rows(found, store.rows), store.sha1, outputs.learnt(table))
+        else:
+            store = _unchanged(store, known)
     except ValueError as error:
         if X is not None:
             raise
         logger.warning("%s; the report shows paths instead of images", error)
     return write_report(run, store, true, to, command)
+
+
+def _unchanged(store: Store, known: dict[str, str]) -> Store | None:
+    """Only the images of a store that have the name and the content (sha1) of an image of the run, if any."""
+    kept = [i for i, pair in enumerate(zip(store.names, store.sha1, strict=True)) if known.get(pair[0]) == pair[1]]
+    logger.warning("%d of %d images are not there any more, or others now; the report shows their paths",
+                   len(known) - len(kept), len(known))  # fmt: skip
+    names, sha1 = ([column[i] for i in kept] for column in (store.names, store.sha1))
+    return replace(store, rows=store.rows[kept], names=names, sha1=sha1) if kept else None
 
 
 def _train(

@@ -290,3 +290,45 @@ def test_evaluate_with_probes(run, capsys):
     assert json.loads(capsys.readouterr().out)["probe"]["knn"] == found["knn"]
     assert main(["evaluate", "run", "--labels", "labels.csv", "--probe", "lineer"]) == 2
     assert "linear" in capsys.readouterr().err
+
+
+def test_decisions_belong_to_a_run_and_its_edits(run, capsys):
+    of = results.identity(load(run).image_info())
+    Path("decisions.json").write_text(json.dumps({"format": 1, "of": of, "names": {"0": "cats"}}))
+    do("merge", run, "--from", "decisions.json")
+    assert main(["merge", "run", "--from", "decisions.json"]) == 2
+    assert "before the last edit; write the report anew" in capsys.readouterr().err
+    do("undo", run)
+    do("merge", run, "--from", "decisions.json")
+
+
+def test_predictions_replace_only_predictions(run, capsys):
+    do("predict", run, "x.npy", "--out", "new.parquet")
+    do("predict", run, "x.npy", "--out", "new.parquet")
+    for name, table in {"shard.parquet": pa.table({"image": [b""]}), "export.parquet": None}.items():
+        if table is None:
+            do("export", run, "--format", "parquet", "--out", name)
+        else:
+            pq.write_table(table, name)
+        before = Path(name).read_bytes()
+        capsys.readouterr()
+        assert main(["predict", "run", "x.npy", "--out", name]) == 2
+        assert "holds no predictions, so it is kept" in capsys.readouterr().err
+        assert Path(name).read_bytes() == before
+
+
+@pytest.mark.parametrize("changed", [10, 120])
+def test_a_source_that_changed_under_the_same_names(run, capsys, caplog, changed):
+    x = np.load("x.npy")
+    np.save("x.npy", x)  # another time, the same content
+    file = labels()
+    do("evaluate", run, "--labels", file)
+    np.save("x.npy", np.concatenate([x[:changed][::-1], x[changed:]]))
+    capsys.readouterr()
+    assert main(["evaluate", "run", "--labels", file]) == 2
+    assert "has other images than when the run was made" in capsys.readouterr().err
+    do("report", run)
+    assert f"{changed} of 120 images are not there any more, or others now" in caplog.text
+    do("export", run, "--format", "parquet", "--out", "a.parquet")
+    assert [image["bytes"] for image in pq.read_table("a.parquet")["image"].to_pylist()].count(None) == changed
+    assert "cannot be read any more or are others now" in caplog.text

@@ -120,6 +120,24 @@ def test_bad_images_of_an_array_are_left_out():
     assert len(model.predict(x)) == N - 1
 
 
+def test_names_of_features_are_kept_with_a_run(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame(SHAPES["(N, D)"], columns=list("abcde"))
+    DeepCluster(**QUICK, out=tmp_path / "run").fit(table)
+    again = load(tmp_path / "run")
+    assert again.feature_names_in_.tolist() == list("abcde")
+    with pytest.raises(ValueError, match="feature names should match"):
+        again.predict(table[table.columns[::-1]])
+
+
+def test_a_model_finds_its_run_from_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = DeepCluster(**QUICK, out="run").fit(SHAPES["(N, H, W)"])
+    monkeypatch.chdir("/")
+    assert model.embedding_.shape == (N, model.classifier_.dim)
+    assert len(model.merge_clusters([[0, 1]]).cluster_info()) == len(np.unique(model.labels_))
+
+
 def test_skipped_names_that_a_spreadsheet_would_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, image in zip(("=a.png", "b.png", "'c.png", "d.png"), SHAPES["(N, H, W)"], strict=False):

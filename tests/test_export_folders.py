@@ -220,7 +220,7 @@ def test_a_file_that_vanishes_or_cannot_be_read_meanwhile(run):
                 raise EOFError("truncated shard")
             return Path("in/gone.png")
 
-    images = Images(Broken(), [0, 1])
+    images = Images(Broken(), [0, 1], ["", ""])
     assert images.data(0) is None
     assert images.lost == 1
     assert images.data(1) is None
@@ -305,3 +305,10 @@ def test_a_projector_without_images(run, caplog):
     assert "points instead of images" in caplog.text
     assert "sprite" not in Path("out/projector_config.pbtxt").read_text()
     assert not Path("out/sprite.png").exists()
+
+
+def test_a_copy_of_a_file_that_is_another_now_is_not_made(run, caplog):
+    Path("in/03.png").write_bytes(png(200))
+    assert "23 copies" in export(run, "folders", Path("out"), copy=True)
+    assert "1 of 24 images cannot be read any more or are others now" in caplog.text
+    assert not list(Path("out").rglob("03.png"))

@@ -1,12 +1,14 @@
 """report.html in a real Chromium: it shows, hears and keeps what it should, and runs nothing that a file is called."""
 
 import json
+import re
 import time
 
 import numpy as np
 import pytest
 from report_run import HOSTILE, K, N, a_run, plain_store, plan_of, tables
 
+from deepcluster import outputs, results
 from deepcluster.report import write_report
 
 pytest_plugins = ["report_page"]  # its fixtures
@@ -81,7 +83,9 @@ def test_decisions_are_downloaded(opened, tmp_path):
         page.click("#tray .download")
     assert download.value.suggested_filename == "decisions.json"
     expected = {"format": 1, "names": {"7": "vans <b>", "12": ""}, "merge": [[3, 7, 12]], "junk": [5]}
-    assert json.loads(download.value.path().read_text()) == expected
+    found = json.loads(download.value.path().read_text())
+    assert re.fullmatch("[0-9a-f]{40}", found.pop("of"))
+    assert found == expected
     for _ in range(4):
         page.click("#list button >> nth=0")
     assert page.locator("#tray").is_hidden()
@@ -102,7 +106,8 @@ def test_the_command_can_apply_what_was_downloaded(opened, run, tmp_path):
     with page.expect_download() as download:
         page.click("#decisions .download")
     download.value.save_as(tmp_path / "decisions.json")
-    assert decisions(tmp_path / "decisions.json").edits == (Merge((0, 1)), Name(0, "mice"), Junk(0))
+    of = results.identity(outputs.read_assignments(run))
+    assert decisions(tmp_path / "decisions.json", of).edits == (Merge((0, 1)), Name(0, "mice"), Junk(0))
     assert page.inner_text("#command") == f"deepcluster merge {run} --from decisions.json"
 
 

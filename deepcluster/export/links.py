@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Callable
 
 from deepcluster.decode import BadImage
-from deepcluster.export.task import Item, Task, as_bytes, warn
+from deepcluster.export.task import Images, Item, Task, as_bytes, warn
 from deepcluster.sources.base import IMAGES
 
 LONGEST = 200  # bytes of a name; file systems allow 255, and a number may be added
@@ -44,20 +44,22 @@ def folders(task: Task) -> str:
         item = images.item(row)
         try:
             if item is not None:
-                made[_place(item, task.names[row], folder, taken[folder], task, resolved)] += 1
+                made[_place(item, row, images, folder, taken[folder], task, resolved)] += 1
         except BadImage:
             images.lost += 1
     if images.lost:
-        warn(f"{images.lost} of {n} images cannot be read any more; they were left out")
+        warn(f"{images.lost} of {n} images cannot be read any more or are others now; they were left out")
     what = " and ".join(f"{count} {kind}" for kind, count in made.items() if count) or "no images"
     why = "" if task.copy or not made["copies"] else " (these images are no files of their own, so they were written)"
     return f"{what} in {len(taken)} folders{why}"
 
 
 def _place(
-    item: Item, name: str, folder: str, taken: dict[str, int], task: Task, resolved: Callable[[str], str]
-) -> str:
+    item: Item, row: int, images: Images, folder: str, taken: dict[str, int], task: Task,
+    resolved: Callable[[str], str],
+) -> str:  # fmt: skip
     """Link or write one image; says which of the two."""
+    name = task.names[row]
     wanted = name.rsplit("/", 1)[-1]
     if isinstance(item, os.PathLike):
         above, wanted = os.path.split(os.fspath(item))
@@ -71,6 +73,8 @@ def _place(
             _link(path, os.path.join(folder, free(safe(wanted), taken)), task)
             return "links"
     data, wanted = as_bytes(item), safe(wanted)
+    if isinstance(item, os.PathLike) and not images.same(row, data):
+        raise BadImage("another image than when the run was made")
     if os.path.splitext(wanted)[1].lower() not in IMAGES:
         wanted = safe(wanted + next((suffix for magic, suffix in MAGIC if data.startswith(magic)), ""))
     with open(os.path.join(folder, free(wanted, taken)), "xb") as file:

@@ -76,7 +76,7 @@ def parquet(task: Task) -> str:
                 pa.Table.from_arrays([*part.columns, *_added(task, found, rows, pictures)], schema=schema)
             )
     if images and images.lost:
-        warn(f"{images.lost} of {n} images cannot be read any more; they have a path only")
+        warn(f"{images.lost} of {n} images cannot be read any more or are others now; they have a path only")
     return f"{n} rows of {dim} features with map, neighbours and {'images' if images else 'paths'}"
 
 

@@ -1,5 +1,6 @@
 """What every kind of export is given: the run, read; and the images behind its rows, one at a time."""
 
+import hashlib
 import io
 import logging
 import os
@@ -26,13 +27,16 @@ class Images:
 
     source: Source
     rows: list[int]  # N: place of each image in the source, -1 if it is not there any more
+    sha1: list[str]  # N: of its content when the run was made
     lost: int = 0  # how many could not be read
 
     def item(self, row: int) -> Item | None:
-        """The file, bytes or pixels of one image, or None; quickest in rising order."""
+        """The file, bytes or pixels of one image, or None if they are gone or others; quickest in rising order."""
         try:
             if self.rows[row] >= 0:
-                return self.source.read(self.rows[row])
+                item = self.source.read(self.rows[row])
+                if isinstance(item, os.PathLike) or self.same(row, item):
+                    return item
         except Exception:  # a reader of damaged shards raises as freely as a decoder
             pass
         self.lost += 1
@@ -42,10 +46,18 @@ class Images:
         """The bytes of the file; pixels become a PNG."""
         item = self.item(row)
         try:
-            return None if item is None else as_bytes(item)
+            data = None if item is None else as_bytes(item)
         except decode.BadImage:
+            data = None
+        if isinstance(item, os.PathLike) and (data is None or not self.same(row, data)):
             self.lost += 1
             return None
+        return data
+
+    def same(self, row: int, content: bytes | np.ndarray) -> bool:
+        """Whether an image is still the one that the run was made of."""
+        raw = np.ascontiguousarray(content).data if isinstance(content, np.ndarray) else content
+        return hashlib.sha1(raw).hexdigest() == self.sha1[row]
 
 
 def as_bytes(item: Item) -> bytes:
@@ -99,7 +111,7 @@ class Task:
         found = [at.get(name, -1) for name in self.names]
         if max(found) < 0:
             raise ValueError(f"{source.location} has none of the images of {self.run} any more")
-        return Images(source, found)
+        return Images(source, found, self.table["sha1"].to_pylist())
 
     def images_if_any(self, without: str) -> Images | None:
         """The images, or None with a warning that ends in ``without``."""

@@ -7,7 +7,7 @@ const byId = (values) => [...values].sort((a, b) => id(a) - id(b));
 function decisions() {
   const called = Object.fromEntries(byId(named.keys()).map((c) => [id(c), named.get(c)]));
   const merge = groups.map((group) => byId(group).map(id)).sort((a, b) => a[0] - b[0]);
-  return { format: 1, names: called, merge, junk: byId(junk).map(id) };
+  return { format: 1, of: D.of, names: called, merge, junk: byId(junk).map(id) };
 }
 
 function rename(c, text) {
