@@ -15,7 +15,8 @@ EXTRAS = {
     "onnx": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.1"],
     "timm": ["timm>=1.0"],
 }
-TOOLS = ["pytest>=9,<10", "ruff>=0.17,<0.18", "mypy>=2.4,<3", "hypothesis>=6.100,<7", "playwright>=1.49,<2", "pandas>=2"]
+TOOLS = ["pytest>=9,<10", "ruff>=0.17,<0.18", "mypy>=2.4,<3", "hypothesis>=6.100,<7"]
+TOOLS += ["pandas>=2", "playwright>=1.49,<2"]  # tables and the report page, as users meet them
 EXTRAS["dev"] = [*TOOLS, *EXTRAS["notebooks"], *EXTRAS["onnx"]]
 
 setup(
