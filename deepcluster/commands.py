@@ -115,7 +115,8 @@ def _predict(args: argparse.Namespace) -> None:
         assert writer is not None
         writer.close()
     if skipped:
-        print(f"{len(skipped)} images were skipped, the first: {skipped[0][0]} ({skipped[0][1]})")
+        first = " ".join(f"{skipped[0][0]} ({skipped[0][1]})".split())
+        print(f"{len(skipped)} images were skipped, the first: {first}")
     print(f"{n} images: {out}")
 
 
