@@ -110,7 +110,7 @@ def parser(description: str) -> Parser:
     export.add_argument("--format", required=True, metavar="FORMAT", help=", ".join(FORMATS))
     export.add_argument("--out", required=True, metavar="PATH")
     export.add_argument("--copy", action="store_true", help="folders: copy the images instead of linking to them")
-    export.add_argument("--overwrite", action="store_true", help="replace an earlier export in PATH, with all that is in it")
+    export.add_argument("--overwrite", action="store_true", help="replace an earlier export, with all in it")
 
     command("report", "write RUN/report.html anew").add_argument("run", metavar="RUN")
 
