@@ -60,8 +60,7 @@ class Edit:
     tensors: ClassVar[tuple[str, ...]] = ()  # fields that are tensors: kept apart from the words
 
     def record(self, ids: Ids) -> None:
-        """What it does to the ids; raises a ValueError if it cannot be."""
-        raise NotImplementedError
+        """What it does to the ids, nothing by default; raises a ValueError if it cannot be."""
 
     def apply(self, unit: Tensor, cluster: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         """Unit features (B, D), ids (B,), probabilities (B, K) -> ids and probabilities (B, K or more)."""
@@ -153,9 +152,6 @@ class Nearest(Edit):
     centroids: Tensor  # (K, D)
     reach: Tensor
     tensors: ClassVar[tuple[str, ...]] = ("centroids", "reach")
-
-    def record(self, ids: Ids) -> None:
-        """Ids stay as they are."""
 
     def apply(self, unit: Tensor, cluster: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         """As described above."""

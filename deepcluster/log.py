@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from deepcluster import dist, metrics
+from deepcluster import atomic, dist, metrics
 from deepcluster.batches import Batch
 from deepcluster.trainer import Report
 
@@ -98,9 +98,7 @@ class Metrics:
                         kept.append(line)
                 except (ValueError, KeyError, TypeError):
                     logger.warning("%s had a damaged line, which is left out", self.path)
-        tmp = self.path.with_suffix(".tmp")
-        tmp.write_text("".join(kept), encoding="utf-8")
-        tmp.replace(self.path)
+        atomic.write(self.path, "".join(kept))
 
     def __call__(self, report: Report) -> None:
         if not dist.is_main():
