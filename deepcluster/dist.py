@@ -1,10 +1,13 @@
 """One process or many: every helper here is a no-op when torchrun did not start us."""
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+PATIENCE = timedelta(days=1)  # others wait while rank 0 decodes or writes; a rank that dies is torchrun's to notice
 
 
 def setup(device: str = "auto") -> torch.device:
@@ -29,7 +32,7 @@ def setup(device: str = "auto") -> torch.device:
     except RuntimeError:
         raise ValueError(f"device {device!r} is no device; choose {kind}, {kind}:NUMBER or auto") from None
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
     if device == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
         torch.cuda.set_device(local)
@@ -89,17 +92,30 @@ def all_max(x: Tensor) -> Tensor:
     return x
 
 
+def all_stack(x: Tensor) -> Tensor:
+    """(world, ...) the ``x`` of every rank, in rank order; of the same shape on all. No gradient."""
+    if not dist.is_initialized():
+        return x[None]
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.stack(parts)
+
+
 def all_cat(x: Tensor) -> Tensor:
-    """Concatenate the shards (n_rank, ...) of every rank, in rank order; they may differ in length."""
+    """Concatenate the shards (n_rank, ...) of every rank, in rank order; they may differ in length. No gradient."""
     if not dist.is_initialized():
         return x
-    lengths: list[int | None] = [None] * world()
-    dist.all_gather_object(lengths, len(x))
-    longest = max(n or 0 for n in lengths)
-    padded = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])]).contiguous()
-    parts = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(parts, padded)
+    lengths = all_stack(torch.tensor(len(x), device=x.device)).tolist()
+    parts = all_stack(torch.cat([x, x.new_zeros(max(lengths) - len(x), *x.shape[1:])]))
     return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
+
+
+def place(n: int, device: torch.device) -> tuple[int, int]:
+    """Where this rank's ``n`` rows begin among those of all ranks, in rank order, and how many these are."""
+    if not dist.is_initialized():
+        return 0, n
+    lengths = all_stack(torch.tensor(n, device=device)).tolist()
+    return sum(lengths[: rank()]), sum(lengths)
 
 
 def from_main(x: Tensor) -> Tensor:
@@ -118,3 +134,8 @@ def barrier() -> None:
 def epoch_seed(seed: int, epoch: int) -> int:
     """A 31-bit seed for one epoch of one run; the same on every rank (faiss wants an int32)."""
     return (seed * 1_000_003 + epoch * 7_919) % (2**31 - 1)
+
+
+def step_seed(seed: int, step: int) -> int:
+    """A 31-bit seed for one step of an epoch with this seed, which is none of the epochs' for 13 million of them."""
+    return (seed + (step + 1) * 104_729) % (2**31 - 1)

@@ -1,7 +1,7 @@
 """Losses as pure functions, in float32 whatever autocast says.
 
-Shapes: V views, B images, K clusters. ``logits`` is (V, B, K) unless said otherwise. Under several
-processes B is this rank's part of the batch, and sums over the batch are sums over all ranks.
+Shapes: V views, B images, K clusters. ``logits`` is (V, B, K) unless said otherwise. Under several processes B is this
+rank's part of the batch, sums and means over the batch are those over all ranks, and every rank gets the same value.
 """
 
 import torch
@@ -23,7 +23,7 @@ def pseudo_label(logits: Tensor, labels: Tensor, clock: object = None) -> Tensor
     """
     flat, target = logits.flatten(0, 1).float(), labels.long().repeat(len(logits))
     total = F.cross_entropy(flat, target, ignore_index=UNLABELLED, reduction="sum")
-    return total / (target != UNLABELLED).sum().clamp_min(1)
+    return _per_row(total, (target != UNLABELLED).sum())
 
 
 def view_number(logits: Tensor, labels: object = None, clock: object = None) -> Tensor:
@@ -32,13 +32,23 @@ def view_number(logits: Tensor, labels: object = None, clock: object = None) -> 
     Usable as an Objective as it stands; pseudo-labels have no say in it.
     """
     number = torch.arange(len(logits), device=logits.device).repeat_interleave(logits.shape[1])
-    return F.cross_entropy(logits.flatten(0, 1).float(), number)
+    return _per_row(F.cross_entropy(logits.flatten(0, 1).float(), number, reduction="sum"), len(number))
+
+
+def batch_mean(values: Tensor) -> Tensor:
+    """Mean of all ``values``, (B,) or of any other shape, over the batch of all ranks."""
+    return _per_row(values.sum(), values.numel())
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of (B,) values where ``mask`` (B,) is true, over the batch of all ranks; 0, not NaN, if it is nowhere."""
-    kept = torch.where(mask, values, 0.0).sum()  # not a product, which would keep what is infinite
-    return dist.all_sum(kept) / dist.all_sum(mask.sum().float()).clamp_min(1)
+    return _per_row(torch.where(mask, values, 0.0).sum(), mask.sum())  # no product, which would keep what is infinite
+
+
+def _per_row(total: Tensor, rows: Tensor | int) -> Tensor:
+    """A total of this rank's ``rows``, of any shape -> what the totals of all ranks come to a row; 0 without rows."""
+    both = dist.all_sum(torch.cat([total.flatten(), torch.as_tensor(rows, device=total.device).to(total)[None]]))
+    return (both[:-1] / both[-1].clamp_min(1)).view_as(total)
 
 
 def few_labels(logits: Tensor, labels: Tensor) -> Tensor:
@@ -77,13 +87,14 @@ def contrastive(u: Tensor, v: Tensor, *, temperature: float = 0.5) -> Tensor:
     Returns:
         Scalar >= 0, the mean over all 2B anchors; ln(2B - 1) when all vectors are equal.
     """
-    u = _rows_of_all(u.float())
-    z = torch.cat([u, _rows_of_all(v.float())])
-    with torch.autocast(z.device.type, enabled=False):
-        scores = z @ z.T / temperature
-    scores.fill_diagonal_(float("-inf"))
-    partner = torch.arange(len(z), device=z.device).roll(len(u))
-    return F.cross_entropy(scores, partner)
+    first, all_u = _rows_of_all(u.float())
+    anchors, candidates = torch.cat([u, v]).float(), torch.cat([all_u, _rows_of_all(v.float())[1]])
+    with torch.autocast(u.device.type, enabled=False):
+        scores = anchors @ candidates.T / temperature
+    own = torch.arange(first, first + len(u), device=u.device)
+    itself, partner = torch.cat([own, own + len(all_u)]), torch.cat([own + len(all_u), own])
+    scores = scores.scatter(1, itself[:, None], float("-inf"))
+    return _per_row(F.cross_entropy(scores, partner, reduction="sum"), len(anchors))
 
 
 def info_nce(
@@ -95,24 +106,25 @@ def info_nce(
 
     Args:
         queries: (B, D) unit vectors.
-        keys: (B, D) unit vectors; row i is the right one for query i, the others are negatives.
-        queue: (Q, D) unit vectors, negatives for all; rows of zeros are empty places and left out.
+        keys: (B, D) unit vectors; row i is the right one for query i, the others, of all ranks, are negatives.
+        queue: (Q, D) unit vectors, negatives for all, the same on every rank; rows of zeros are empty and left out.
         places: keys that the full queue holds; Q if None.
         temperature: divides the cosines, > 0.
 
     Returns:
-        Scalar >= 0, the mean over queries; ln(B + places) when all vectors are equal.
+        Scalar >= 0, the mean over queries; ln(B + places) when all vectors are equal, B counted over all ranks.
     """
-    q, candidates = queries.float(), torch.cat([keys, queue]).float()
+    first, keys = _rows_of_all(keys.float())
+    q, candidates = queries.float(), torch.cat([keys, queue.float()])
     with torch.autocast(q.device.type, enabled=False):
         scores = q @ candidates.T / temperature
     full = len(keys) - 1 + (len(queue) if places is None else places)
     filled = (queue != 0).any(1)
     stand_for = full / (len(keys) - 1 + filled.sum()).clamp_min(1)
-    right = torch.eye(len(keys), len(candidates), dtype=torch.bool, device=q.device)
-    scores = torch.where(right, scores, scores + stand_for.log())
+    right = torch.arange(first, first + len(q), device=q.device)
+    scores = torch.where(F.one_hot(right, len(candidates)).bool(), scores, scores + stand_for.log())
     scores[:, len(keys) :].masked_fill_(~filled, float("-inf"))
-    return F.cross_entropy(scores, torch.arange(len(q), device=q.device))
+    return _per_row(F.cross_entropy(scores, right, reduction="sum"), len(q))
 
 
 def swapped_prediction(logits: Tensor, codes: Tensor) -> Tensor:
@@ -127,7 +139,7 @@ def swapped_prediction(logits: Tensor, codes: Tensor) -> Tensor:
     """
     log_p = logits.float().log_softmax(-1)
     with torch.autocast(logits.device.type, enabled=False):
-        pairs = -torch.einsum("abk,vbk->av", codes.float(), log_p) / logits.shape[1]
+        pairs = -_per_row(torch.einsum("abk,vbk->av", codes.float(), log_p), logits.shape[1])
     own = torch.eye(*pairs.shape, dtype=torch.bool, device=pairs.device)
     return pairs[~own].mean()
 
@@ -175,13 +187,13 @@ def balanced_pseudo_label(logits: Tensor, labels: Tensor) -> Tensor:
 def divergence(teacher: Tensor, logits: Tensor) -> Tensor:
     """Kullback-Leibler divergence KL(teacher || logits) of (..., K) logits, in nats: the mean over rows, >= 0."""
     p, q = (z.float().log_softmax(-1).flatten(0, -2) for z in (teacher, logits))
-    return F.kl_div(q, p, log_target=True, reduction="batchmean")
+    return _per_row(F.kl_div(q, p, log_target=True, reduction="sum"), len(q))
 
 
 def conditional_entropy(logits: Tensor) -> Tensor:
     """Mean entropy of the assignments of (..., K) logits, in nats: 0 where every row is sure, at most ln K."""
     log_p = logits.float().log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1).mean()
+    return -batch_mean((log_p.exp() * log_p).sum(-1))
 
 
 def marginal_entropy(logits: Tensor) -> Tensor:
@@ -207,12 +219,13 @@ def pairwise(labelling: Tensor, first: Tensor, second: Tensor, *, upper: float, 
     Returns:
         Scalar >= 0, the mean over selected pairs, an image with itself included; 0 if there are none.
     """
-    known, one, other = (_rows_of_all(z) for z in (labelling.detach(), first, second))
-    known, learnt = pair_labels(similarities(known, known), upper, lower), similarities(one, other)
+    labelling = labelling.detach()
+    (_, everyone), (_, others) = _rows_of_all(labelling), _rows_of_all(second)
+    known, learnt = pair_labels(similarities(labelling, everyone), upper, lower), similarities(first, others)
     # the offset keeps logarithm and slope finite where the two disagree wholly, and unlike a clamp leaves a slope
     log = lambda x: ((x + _OFFSET) / (1 + _OFFSET)).log()  # noqa: E731
     each = torch.where(known == 1, log(learnt), log((1 - learnt).clamp_min(0)))
-    return -each[known != UNLABELLED].sum() / (known != UNLABELLED).sum().clamp_min(1)
+    return -_per_row(each[known != UNLABELLED].sum(), (known != UNLABELLED).sum())
 
 
 def similarities(first: Tensor, second: Tensor) -> Tensor:
@@ -228,11 +241,7 @@ def pair_labels(similarity: Tensor, upper: float, lower: float) -> Tensor:
     return torch.where(together, 1, torch.where(apart, 0, UNLABELLED)).to(torch.int8)
 
 
-def _rows_of_all(x: Tensor) -> Tensor:
-    """This rank's rows (b, K) of a batch that was split by ``dist.shard`` -> the whole batch (B, K), with gradient."""
-    if dist.world() == 1:
-        return x
-    lo, hi = dist.shard(total := int(dist.all_sum(torch.tensor(len(x), device=x.device))))
-    if hi - lo != len(x):
-        raise ValueError(f"a batch of {total} is split into {hi - lo} rows for this process; got {len(x)}")
-    return dist.all_sum(F.pad(x, (0, 0, lo, total - hi)))
+def _rows_of_all(x: Tensor) -> tuple[int, Tensor]:
+    """This rank's rows (b, K) -> where they begin among the rows of all ranks, and these (B, K), with gradient."""
+    first, total = dist.place(len(x), x.device)
+    return first, dist.all_sum(F.pad(x, (0, 0, first, total - first - len(x)))) if dist.world() > 1 else x

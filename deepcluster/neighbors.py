@@ -1,6 +1,7 @@
 """The k nearest other rows of every row, by cosine, over rows that may be sharded over ranks.
 
-Nothing as large as (N, N) exists: every rank compares its own rows with blocks of all rows and keeps the best k.
+Nothing as large as (N, N) exists: every rank compares its own rows with blocks of all rows and keeps the best k. Nor
+does any rank hold (N, D): blocks, of rows or of what is asked for, go round.
 
 Shapes: n rows of this rank, N rows in all, D features.
 """
@@ -8,19 +9,23 @@ Shapes: n rows of this rank, N rows in all, D features.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import faiss
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from deepcluster import dist
+from deepcluster.kmeans import kmeans
 from deepcluster.model import Head
 from deepcluster.recipe import Targets
 
-BLOCK = 2**15  # rows of each rank that are compared with at a time
+BLOCK = 2**15  # rows, those of all ranks together, that are compared at a time
 SCORES = 2**26  # cosines that exist at a time on an accelerator
 EXACT = 200_000  # above so many rows a CPU searches an index, which misses some neighbours
+PROBED = 32  # cells of it that are searched for each row
 
 
 def neighbours(x: Tensor, k: int, *, exact: bool | None = None) -> Tensor:
@@ -57,8 +62,9 @@ def neighbours(x: Tensor, k: int, *, exact: bool | None = None) -> Tensor:
 
 def _blocks(unit: Tensor, own: Tensor, longest: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows (m, D) of all ranks and their ids (m,), block by block; every rank goes through all of them."""
-    for start in range(0, longest, BLOCK):
-        part = slice(start, start + BLOCK)
+    share = max(1, BLOCK // dist.world())
+    for start in range(0, longest, share):
+        part = slice(start, start + share)
         yield dist.all_cat(unit[part]), dist.all_cat(own[part])
 
 
@@ -68,11 +74,7 @@ def _all(unit: Tensor, own: Tensor, k: int, longest: int) -> Tensor:
     ids = torch.empty(len(unit), 0, dtype=torch.int64, device=unit.device)
     for rows, names in _blocks(unit, own, longest):
         scores, index = _nearest(unit, rows, min(k, len(rows)))
-        best, ids = torch.cat([best, scores], 1), torch.cat([ids, names[index]], 1)
-        by_id = ids.argsort(1)
-        best, ids = best.gather(1, by_id), ids.gather(1, by_id)
-        order = best.argsort(dim=1, descending=True, stable=True)[:, :k]
-        best, ids = best.gather(1, order), ids.gather(1, order)
+        best, ids = _top(torch.cat([best, scores], 1), torch.cat([ids, names[index]], 1), k)
     return ids
 
 
@@ -93,17 +95,38 @@ def _best(x: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _cells(unit: Tensor, own: Tensor, k: int, total: int, longest: int) -> Tensor:
-    """(n, k) ids of near rows, found in the nearest cells of an index of all rows, which every rank builds alike."""
+    """(n, k) ids of near rows, found in the nearest of cells that are the same on every rank.
+
+    A rank has an index of its own rows only. Rows that look for neighbours go round, and so do the k that each finds.
+    """
     n_cells = max(1, min(int(4 * math.sqrt(total)), total // 64))
-    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(unit.shape[1]), unit.shape[1], n_cells, faiss.METRIC_INNER_PRODUCT)
     step = max(1, total // (64 * n_cells))  # 64 rows a cell are enough to place the cells
-    mine = unit[(-int(own[0]) % step if len(own) else 0) :: step]
-    index.train(dist.all_cat(mine).numpy())
+    sample = unit[(-int(own[0]) % step if len(own) else 0) :: step]
+    cells = faiss.IndexFlatIP(unit.shape[1])
+    cells.add(kmeans(sample, n_cells, seed=0, iterations=10, spherical=True)[1].numpy())
+    index: Any = faiss.IndexIVFFlat(cells, unit.shape[1], n_cells, faiss.METRIC_INNER_PRODUCT)
+    index.add_with_ids(unit.numpy(), own.numpy())
+    index.nprobe = min(PROBED, n_cells)
+    ids = own.new_empty(0, k)
     for rows, names in _blocks(unit, own, longest):
-        index.add_with_ids(rows.numpy(), names.numpy())
-    index.nprobe = 32
-    found = torch.from_numpy(index.search(unit.numpy(), k)[1]) if len(unit) else torch.empty(0, k, dtype=torch.int64)
-    return torch.where(found >= 0, found, own[:, None])  # too few rows in these cells: the row itself
+        mine = (names >= own[0]) & (names <= own[-1]) if len(own) else names < 0
+        near, probed = (_of_all(part) for part in cells.search(rows[mine].numpy(), index.nprobe))
+        scores, found = index.search_preassigned(rows.numpy(), k, probed, near)
+        best, who = (dist.all_stack(torch.from_numpy(part))[:, mine] for part in (scores, found))  # (ranks, n, k)
+        ids = torch.cat([ids, _top(best.transpose(0, 1).flatten(1), who.transpose(0, 1).flatten(1), k)[1]])
+    return torch.where(ids >= 0, ids, own[:, None])  # too few rows in these cells: the row itself
+
+
+def _of_all(part: np.ndarray) -> np.ndarray:
+    return dist.all_cat(torch.from_numpy(part)).numpy()
+
+
+def _top(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of each row's (n, M) scores and their ids, best first, the lower id where two are equal."""
+    by_id = ids.argsort(1)
+    scores, ids = scores.gather(1, by_id), ids.gather(1, by_id)
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return scores.gather(1, order), ids.gather(1, order)
 
 
 def _without(own: Tensor, found: Tensor) -> Tensor:

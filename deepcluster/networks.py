@@ -14,10 +14,26 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from deepcluster import dist
 from deepcluster.losses import divergence
 from deepcluster.model import Model
+from deepcluster.norm import Shared, deviation
+
+
+def parallel(network: nn.Module) -> nn.Module:
+    """What a step calls: the network itself or, with several processes, a shell that makes them train as one.
+
+    Gradients are averaged, and batch norms in training use the batch of all processes: the same weights, running
+    statistics and losses come out, up to rounding, as on one process with the whole batch. The network keeps its
+    modules and its state; buffers are not sent round, as all processes compute the same. Every trained parameter needs
+    a gradient in every step, if only of 0: none is looked for that the loss does not reach. Dropout (alexnet, vgg16)
+    cannot be the same: each process draws for its own rows.
+    """
+    if dist.world() == 1:
+        return network
+    return DistributedDataParallel(Shared(network), broadcast_buffers=False)
 
 
 class Teacher(nn.Module):
@@ -168,7 +184,8 @@ class Adversary(nn.Module):
     The step is virtual adversarial training's (Miyato et al., TPAMI 2018, arXiv:1704.03976): one power iteration on the
     divergence, all heads together. While it is sought and taken, normalisation uses the batch without moving running
     statistics, and dropout is off. Random directions are torch's, which the trainer seeds: a run repeats and resumes
-    exactly, but with other numbers of processes or devices the directions are others.
+    exactly. They are drawn for the whole batch, of which a process takes its rows, and so are the same for any number
+    of processes; on another kind of device they are others.
 
     Args:
         model: what is attacked.
@@ -192,9 +209,11 @@ class Adversary(nn.Module):
 
     def step(self, images: Tensor, logits: Sequence[Tensor]) -> Tensor:
         """(B, ...) images, their (B, K) logits under each head -> what to add to them; 0 where nothing matters."""
-        unit = images.float().std([0, *range(2, images.ndim)], keepdim=True, correction=0)
+        unit = deviation(images)
+        first, total = dist.place(len(images), images.device)
+        drawn = torch.randn(total, *images.shape[1:], dtype=images.dtype, device=images.device)
         with torch.enable_grad():
-            direction = _per_image(torch.randn_like(images)).requires_grad_()
+            direction = _per_image(drawn[first : first + len(images)]).requires_grad_()
             moved = self.model([images + self.probe * unit * direction])
             changes = [divergence(z, m[0]) for z, m in zip(logits, moved, strict=True)]
             (slope,) = torch.autograd.grad(torch.stack(changes).sum(), direction)

@@ -60,8 +60,8 @@ def test_the_labelled_term_is_the_mean_over_labelled_images():
 
 def test_means_are_over_the_images_of_all_processes(monkeypatch):
     """Not over one process's: those are few, and would weigh more where they are fewer."""
-    other = [8.0, 2.0]  # the other process's sum and count
-    monkeypatch.setattr(dist, "all_sum", lambda x: x + other.pop(0))
+    other = torch.tensor([8.0, 2.0])  # the other process's sum and count
+    monkeypatch.setattr(dist, "all_sum", lambda x: x + other)
     values, mask = torch.tensor([1.0, 3.0, 100.0]), torch.tensor([True, True, False])
     assert losses.masked_mean(values, mask).item() == pytest.approx((1 + 3 + 8) / 4)
 

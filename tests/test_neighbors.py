@@ -135,10 +135,8 @@ def results():
         part = z[:, lo:hi].clone().requires_grad_()
         value = loss(part)
         value.backward()
-        if key != "swav":  # a mean over the rank's images, as DistributedDataParallel expects
-            out[f"{key} loss"] = value.detach()[None]
-        weight = (hi - lo) / N if key == "swav" else 1 / dist.world()
-        out[f"{key} grad"] = dist.all_cat(part.grad.transpose(0, 1).contiguous() * weight)
+        out[f"{key} loss"] = value.detach()[None]
+        out[f"{key} grad"] = dist.all_cat(part.grad.transpose(0, 1).contiguous() / dist.world())  # DDP averages
     return out
 
 

@@ -1,19 +1,28 @@
 """What the tests of the core share: a store of noise, and a network that trains in milliseconds."""
 
 import hashlib
+import os
 import socket
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import deepcluster.methods  # noqa: F401
+from deepcluster import dist, ending
+from deepcluster.classifier import Classifier, Spec
 from deepcluster.model import Model
 from deepcluster.recipe import Recipe
 from deepcluster.store import Store
+
+T = TypeVar("T")
 
 
 def noise(n: int, channels: int, size: int, seed: int = 0) -> Tensor:
@@ -38,10 +47,82 @@ def make_model(recipe: Recipe, seed: int = 0, channels: int = 1) -> Model:
     return Model(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten()), 32, recipe.heads, recipe.head)
 
 
-def two_ranks(work: Callable[[int, int, Path], None], folder: Path) -> list[dict]:
-    """What two processes write to folder/RANK.pt in ``work(rank, port, folder)``."""
+def classified(model: Model, spec: Spec, store: Store) -> tuple[Classifier, dict[str, np.ndarray]]:
+    """What is left of a trained model, and what it says of a store's images."""
+    classifier, _, features = ending.finish(model, 0, spec, store)
+    return classifier, classifier.describe(features)
+
+
+def ranks(n: int, work: Callable[[int, int, Path], None], folder: Path) -> list[dict]:
+    """What ``n`` processes write to folder/RANK.pt in ``work(rank, port, folder)``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(work, (port, folder), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    mp.spawn(work, (port, folder), nprocs=n)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(n)]
+
+
+def two_ranks(work: Callable[[int, int, Path], None], folder: Path) -> list[dict]:
+    """What two processes write."""
+    return ranks(2, work, folder)
+
+
+def join(rank: int, port: int, world: int = 2) -> None:
+    """Make this process one of ``world``, on one thread, as torchrun would; ``leave`` ends it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.setup("cpu")
+
+
+def leave() -> None:
+    """After ``join``: when all have done their part."""
+    dist.barrier()
+    torch.distributed.destroy_process_group()
+
+
+class Threads:
+    """What ``deepcluster.dist`` uses of torch.distributed, for threads: the arithmetic of ranks without processes."""
+
+    ReduceOp = torch.distributed.ReduceOp
+
+    def __init__(self, n: int):
+        self.own, self.barrier, self.held = threading.local(), threading.Barrier(n, timeout=60), [torch.empty(0)] * n
+
+    def is_initialized(self) -> bool:
+        return hasattr(self.own, "rank")
+
+    def get_rank(self) -> int:
+        return self.own.rank
+
+    def get_world_size(self) -> int:
+        return len(self.held)
+
+    def all_gather(self, parts: list[Tensor], x: Tensor) -> None:
+        self.held[self.own.rank] = x.detach().clone()
+        self.barrier.wait()
+        for part, other in zip(parts, self.held, strict=True):
+            part.copy_(other)
+        self.barrier.wait()
+
+    def all_reduce(self, x: Tensor, op: object = torch.distributed.ReduceOp.SUM) -> None:
+        parts = [torch.empty_like(x) for _ in self.held]
+        self.all_gather(parts, x)
+        x.detach().copy_(torch.stack(parts).amax(0) if op == self.ReduceOp.MAX else sum(parts))
+
+
+def in_threads(n: int, work: Callable[[], T], monkeypatch: pytest.MonkeyPatch) -> list[T]:
+    """What ``work()`` returns on each of ``n`` ranks that are threads. torch's generator is common to all of them."""
+    group = Threads(n)
+
+    def one(rank: int) -> T:
+        group.own.rank = rank
+        try:
+            return work()
+        except BaseException:
+            group.barrier.abort()  # or the others would wait
+            raise
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(n) as pool:
+        patch.setattr(dist, "dist", group)
+        return list(pool.map(one, range(n)))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepcluster.losses import batch_mean
 from deepcluster.model import Projector, configured
 from deepcluster.networks import Predicted, share
 from deepcluster.recipe import Clock, Recipe, method
@@ -26,7 +27,7 @@ class Agreement:
     def __call__(self, logits: Tensor, labels: Tensor, clock: Clock) -> Tensor:
         unit = F.normalize(logits.float(), dim=-1, eps=1e-3)  # a zero vector has a bounded gradient
         predicted, taught = unit[:2], unit[2:].detach().flip(0)
-        return 2 - 2 * (predicted * taught).sum(-1).mean()
+        return 2 - 2 * batch_mean((predicted * taught).sum(-1))
 
 
 @method(lr=0.2, momentum=0.9, weight_decay=1.5e-6, batch_size=256, teacher=0.996, hidden=4096)

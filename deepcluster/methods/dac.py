@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepcluster.losses import marginal_entropy, pairwise
+from deepcluster.losses import batch_mean, marginal_entropy, pairwise
 from deepcluster.model import Standardised
 from deepcluster.recipe import Clock, Recipe, method
 
@@ -51,7 +51,8 @@ class Pairs:
 def _unlike(image: Tensor, views: Tensor) -> Tensor:
     """Mean binary cross-entropy over V views, B images and K entries of label features; the image's are the target."""
     target, found = (F.normalize(z.float().softmax(-1), dim=-1).clamp(0, 1) for z in (image.detach(), views))
-    return F.binary_cross_entropy(found, target.expand_as(found))  # which limits its logarithms to -100
+    each = F.binary_cross_entropy(found, target.expand_as(found), reduction="none")  # limits its logarithms to -100
+    return batch_mean(each)
 
 
 def spread(dim: int, k: int) -> Standardised:

@@ -12,10 +12,9 @@ reported, the learning rate having fallen to 0; AdamW.
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from deepcluster.losses import few_labels, masked_mean
+from deepcluster.losses import batch_mean, few_labels
 from deepcluster.model import configured
 from deepcluster.networks import Teacher, share
 from deepcluster.recipe import Clock, Recipe, method
@@ -37,7 +36,7 @@ class Consistency:
         student, teacher = logits[:2].float(), logits[2:].detach().float().softmax(-1).flip(0)
         apart = (student.softmax(-1) - teacher).square().mean((0, 2))
         given = (few_labels(student[0], labels) + few_labels(student[1], labels)) / 2
-        return given + self.w(clock) * masked_mean(apart, torch.ones_like(labels, dtype=torch.bool))
+        return given + self.w(clock) * batch_mean(apart)
 
 
 @method(weight=100.0, teacher=0.99)

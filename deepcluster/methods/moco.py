@@ -4,10 +4,10 @@ Every view finds the teacher's output (key) of the image's other view among the 
 and a queue of earlier ones. A pretext.
 
 Deviations: both views are queries in turn, as in v3 (arXiv:2104.02057). The batch's other keys are negatives too, and
-have the same batch statistics as the right one, so that these cannot give it away: on one process nothing is shuffled
-between BNs, and on several each normalises, and contrasts, its own part; the queue has the keys of all. It starts
-empty, and while it fills, the negatives there are count for those that are missing. It is short by default, for small
-data: where it is longer than the data set, one in N of its keys is an image's own old one. AdamW by default.
+have the same batch statistics as the right one, so that these cannot give it away: nothing is shuffled between BNs,
+which see the batch of all processes. The queue starts empty, and while it fills, the negatives there are count for
+those that are missing. It is short by default, for small data: where it is longer than the data set, one in N of its
+keys is an image's own old one. AdamW by default.
 """
 
 from dataclasses import dataclass
