@@ -10,10 +10,14 @@ from typing import IO, Any
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to, which takes the place of ``path`` when all went well; otherwise nothing is left of it."""
+    """A file to write to, which takes the place of ``path`` when all went well; otherwise nothing is left of it.
+
+    Where ``path`` is a link, that is replaced, not what it leads to.
+    """
     tmp = path.with_name(path.name + ".tmp")
     try:
-        with tmp.open("wb") as f:
+        tmp.unlink(missing_ok=True)  # never written through: it may be a link, laid there to have another file replaced
+        with tmp.open("xb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())

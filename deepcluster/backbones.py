@@ -213,7 +213,7 @@ def load_weights(backbone: nn.Module, file: str | Path) -> None:
         raise ValueError(f"cannot read weights from {path}: {reason}") from error
     net = backbone[-1] if isinstance(backbone, nn.Sequential) else backbone
     own = net.state_dict()
-    fitting = {k: v for k, v in saved.items() if k in own and v.shape == own[k].shape}
+    fitting = {k: v for k, v in saved.items() if k in own and isinstance(v, Tensor) and v.shape == own[k].shape}
     # torchvision's older files do not count batches; BatchNorm then keeps its own count
     missing = [k for k in own if k not in fitting and not k.endswith("num_batches_tracked")]
     if missing:

@@ -6,10 +6,13 @@ images of one data set stay comparable: 16 bits 0..65535 -> 0..255; floats 0..1 
 they are taken as 0..255 already.
 """
 
+import contextlib
+import ctypes
 import io
 import os
 import stat
 import struct
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 VERSION = 1  # part of the key of every cached store: raise it whenever the pixels that decode() returns change
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses; a 16k x 11k photograph passes
 MAX_BYTES = 2**31  # a file is read whole; no image under MAX_PIXELS needs more
+LARGE = 2**25  # pixels above which one image at a time is decoded: it takes up to 20 bytes a pixel
 
 Item = bytes | str | os.PathLike | np.ndarray
 
@@ -55,6 +59,11 @@ TURNS = {
 }
 # Set once: warnings.catch_warnings is not thread-safe, and a damaged tag is no news to someone with a million files.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+_alone = threading.Lock()
+with contextlib.suppress(OSError, AttributeError):  # where libtiff is a library of its own, it would write to stderr
+    _tiff = ctypes.CDLL(Image.core.__file__)  # through what Pillow has loaded: the same one
+    _tiff.TIFFSetErrorHandler(None)
+    _tiff.TIFFSetWarningHandler(None)
 
 
 class BadImage(ValueError):
@@ -68,14 +77,18 @@ def read_bytes(path: str | os.PathLike) -> bytes:
         BadImage: it is not there, not a regular file, too large or may not be read.
     """
     try:
-        status = Path(path).stat()
-        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
-            raise BadImage("not a regular file")
-        if status.st_size > MAX_BYTES:
-            raise BadImage(f"too large: {status.st_size} bytes")
+        _check_file(path)
         return Path(path).read_bytes()
     except OSError as error:
         raise BadImage(f"cannot read: {(error.strerror or str(error)).lower()}") from None
+
+
+def _check_file(path: str | os.PathLike) -> None:
+    status = Path(path).stat()
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+        raise BadImage("not a regular file")
+    if status.st_size > MAX_BYTES:
+        raise BadImage(f"too large: {status.st_size} bytes")
 
 
 def decode(data: Item, size: int, channels: int) -> np.ndarray:
@@ -100,17 +113,20 @@ def decode(data: Item, size: int, channels: int) -> np.ndarray:
     try:
         if isinstance(data, np.ndarray):
             image = Image.fromarray(_eight_bit_image(data))
-            turn = 1
+            large, turn = False, 1  # it is in memory anyhow
         else:
             image = _open(data if isinstance(data, bytes) else read_bytes(data))
+            whole = image.width * image.height
             image.draft(mode, (size, size))  # JPEG only: decoded at 1/2, 1/4, 1/8 while no side falls below size
-            image.load()
-            turn = _orientation(image)
-        image = _flat(image).convert(mode)
-        side = min(image.size)
-        left, top = (image.width - side) / 2, (image.height - side) / 2
-        box = (left, top, left + side, top + side)
-        image = image.resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=3.0)
+            held = whole if "progressive" in image.info else image.width * image.height  # its scans are kept whole
+            large, turn = held > LARGE, 0
+        with _alone if large else contextlib.nullcontext():
+            turn = turn or _loaded(image)
+            image = _flat(image).convert(mode)
+            side = min(image.size)
+            left, top = (image.width - side) / 2, (image.height - side) / 2
+            box = (left, top, left + side, top + side)
+            image = image.resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=3.0)
         if turn in TURNS:  # after the crop, which a turn leaves in the centre, because there is less to turn
             image = image.transpose(TURNS[turn])
         pixels = np.asarray(image).reshape(size, size, channels)
@@ -133,26 +149,47 @@ def header(data: Item) -> tuple[int, int, int]:
             return pixels.shape[1], pixels.shape[0], 1 if pixels.ndim == 2 else 3
         if isinstance(data, bytes):
             return _describe(_open(data))
+        _check_file(data)
         with Path(data).open("rb") as file:
             return _describe(_open(file))
     except Exception as error:  # as in decode
         raise BadImage(_reason(error)) from None
 
 
+def picture(path: str | os.PathLike) -> Image.Image:
+    """The image in a file as RGB, for code of others that would try every format and any size; raises as ``header``."""
+    try:
+        return _open(read_bytes(path)).convert("RGB")
+    except Exception as error:  # as in decode
+        raise BadImage(_reason(error)) from None
+
+
+def _loaded(image: Image.Image) -> int:
+    """Decode the pixels; returns the orientation."""
+    image.load()
+    return _orientation(image)
+
+
 def _open(data: bytes | io.BufferedReader) -> Image.Image:
     """The image with its header read, its pixels not yet."""
     file = io.BytesIO(data) if isinstance(data, bytes) else data
-    start = file.read(16)
+    start = file.read(30)
     file.seek(0)
     if not start:
         raise BadImage("empty file")
     reader = next((reader for magic, reader in READERS if start.startswith(magic)), None)
     if reader is None:
         raise BadImage("not an image")
+    if reader is WebPImageFile and start[12:16] == b"VP8X":  # its decoder takes memory for the canvas when it is made
+        _check_size(*(1 + int.from_bytes(start[i : i + 3], "little") for i in (24, 27)))
     image = reader(file)
-    if image.width * image.height > MAX_PIXELS:
-        raise BadImage(f"too large: {image.width} x {image.height} pixels")
+    _check_size(*image.size)
     return image
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"too large: {width} x {height} pixels")
 
 
 def _describe(image: Image.Image) -> tuple[int, int, int]:

@@ -19,6 +19,8 @@ from deepcluster.settings import Settings
 from deepcluster.sources import Source
 from deepcluster.sources.base import label as as_label
 
+DEEP = 64  # last parts of a path that a row of labels may name it by: together they take the square of their number
+
 
 def encode(classes: Sequence[str | None] | None) -> np.ndarray | None:
     """(N,) int64 numbers of the class names, -1 where unknown; None if no image has a class."""
@@ -68,8 +70,11 @@ def _rows(file: str) -> list[tuple[str, str]]:
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"no label file {file}; give a CSV file with the columns path,label")
-    with path.open(newline="", encoding="utf-8", errors="backslashreplace") as f:
-        rows = [r for r in csv.reader(f) if r]
+    try:
+        with path.open(newline="", encoding="utf-8", errors="backslashreplace") as f:
+            rows = [r for r in csv.reader(f) if r]
+    except csv.Error as error:
+        raise ValueError(f"{file} is no readable table: {error}") from None
     if rows and {"path", "label"} <= {c.strip().lower() for c in rows[0]}:
         header = [c.strip().lower() for c in rows.pop(0)]
         where, what = header.index("path"), header.index("label")
@@ -85,7 +90,7 @@ def _places(names: Sequence[str]) -> Callable[[str], int]:
     suffixes: dict[str, int] = {}
     for i, name in enumerate(names):
         parts = name.replace("\\", "/").split("/")
-        for n in range(len(parts)):
+        for n in range(max(0, len(parts) - DEEP), len(parts)):
             tail = "/".join(parts[n:])
             suffixes[tail] = i if tail not in suffixes else -1
     suffixes |= {name.replace("\\", "/"): i for i, name in enumerate(names)}

@@ -4,7 +4,6 @@ Shapes: V views, B images of a batch, N images in all, H heads, K clusters, D fe
 """
 
 import inspect
-import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -224,6 +223,8 @@ METHODS: dict[str, Callable[..., Recipe]] = {}
 PAPER: dict[str, dict[str, Any]] = {}  # of each method: what ``--preset paper`` changes
 DIVIDES = {"temperature", "epsilon", "alpha"}  # parameters that may not be 0
 SHARES = {"least", "threshold", "uda_threshold", "begin", "end", "ramp"}  # parameters in [0, 1]
+MOST = 10**6  # of anything that is counted: heads, views, clusters are made as often as they are asked for
+LARGEST = sys.float_info.max  # an int may be larger, and is no float then
 OPTIMISER = ("lr", "momentum", "weight_decay", "batch_size")  # what a paper may fix besides a method's own parameters
 
 
@@ -264,9 +265,12 @@ def make_recipe(name: str, /, **kwargs: object) -> Recipe:
         if (key in DIVIDES and value == 0) or (key in SHARES and value > 1):  # type: ignore[operator]
             allowed = "above 0" if key in DIVIDES else "at most 1"
             raise ValueError(f"{name}: {key} must be {allowed} (default {known[key].default!r}); got {value!r}")
-        least = {int: 2 if key == "n_clusters" else 1, float: 0}.get(kind)
-        if least is not None and not least <= value < math.inf:  # type: ignore[operator]
-            raise ValueError(f"{name}: {key} must be at least {least} (default {known[key].default!r}); got {value!r}")
+        least, high = {int: 2 if key == "n_clusters" else 1, float: 0}.get(kind), MOST if kind is int else LARGEST
+        if least is not None and not least <= value <= high:  # type: ignore[operator]
+            most = f" and at most {MOST}" if kind is int and value > MOST else ""  # type: ignore[operator]
+            raise ValueError(
+                f"{name}: {key} must be at least {least}{most} (default {known[key].default!r}); got {value!r}"
+            )
     return METHODS[name](**kwargs)
 
 

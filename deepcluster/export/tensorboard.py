@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from deepcluster import decode
+from deepcluster import decode, outputs
 from deepcluster.export.task import Images, Task, warn
 
 MOST = 10_000  # images: above, the projector becomes unusable
@@ -52,8 +52,8 @@ def projector(task: Task) -> str:
 
 
 def _cell(value: object) -> str:
-    """One line without tabs."""
-    text = f"{value:.4f}" if isinstance(value, float) else str(value)
+    """One line without tabs, and no formula: see ``outputs.cell``."""
+    text = f"{value:.4f}" if isinstance(value, float) else outputs.cell(value) if isinstance(value, str) else str(value)
     for letter, shown in (("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r")):
         text = text.replace(letter, shown)
     return text

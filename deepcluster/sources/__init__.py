@@ -24,6 +24,7 @@ from deepcluster.sources.shards import parquet_source, tars_source
 
 __all__ = ["Source", "open_source", "shown"]
 LISTS = {".txt": "", ".lst": "", ".csv": ",", ".tsv": "\t"}  # and what separates their columns
+MOST = 100_000  # shards that {08..10} may stand for
 
 
 def open_source(source: str | os.PathLike | np.ndarray | Sequence[str], *, data_root: str | None = None) -> Source:
@@ -102,8 +103,15 @@ def _braces(pattern: str) -> list[str]:
     if not match:
         return [pattern]
     width, first, last = len(match[1]), int(match[1]), int(match[2])
+    if last - first >= MOST:
+        raise ValueError(f"{shown(pattern)[:60]} stands for {last - first + 1} names; at most {MOST} are tried")
     parts = [f"{pattern[: match.start()]}{i:0{width}}{pattern[match.end() :]}" for i in range(first, last + 1)]
-    return [path for part in parts for path in _braces(part)]
+    found: list[str] = []
+    for part in parts:
+        found += _braces(part)
+        if len(found) > MOST:
+            raise ValueError(f"{shown(pattern)[:60]} stands for more than {MOST} names; split it")
+    return found
 
 
 def _shards_of(location: str, root: str, shards: list[str], others: Counter[str]) -> Source:

@@ -5,13 +5,17 @@
 import difflib
 import hashlib
 import inspect
+import math
 import os
 from typing import Any
 
 import numpy as np
 
-from deepcluster.decode import BadImage
+from deepcluster import checked, doctor
+from deepcluster.decode import BadImage, picture
 from deepcluster.sources.base import Classes, Source, label, line, shown, stamp
+
+PICKLED = ("LSUN", "LSUNClass")  # of torchvision's data sets those that read a pickle that nobody has checked
 
 
 def array_file_source(location: str, path: str, suffix: str) -> Source:
@@ -19,16 +23,36 @@ def array_file_source(location: str, path: str, suffix: str) -> Source:
     labels = None
     try:
         if suffix == ".npy":
-            images = np.load(path, mmap_mode="r", allow_pickle=False)
+            images = checked.array(path)
         else:
             with open(path, "rb") as file:  # numpy leaves a damaged one open
                 table = np.load(file, allow_pickle=False)
-                images = table[next((key for key in ("images", "x", "x_train") if key in table), table.files[0])]
-                labels = next((table[key] for key in ("labels", "y", "y_train") if key in table), None)
+                images = _unpacked(table, next((k for k in ("images", "x", "x_train") if k in table), table.files[0]))
+                labels = next((_unpacked(table, key) for key in ("labels", "y", "y_train") if key in table), None)
     except Exception as error:  # numpy, zipfile and zlib each have their own way to say damaged
         raise ValueError(f"{shown(location)} is no readable {suffix} of numbers: {line(error)}") from None
     name = shown(path).replace("{", "{{").replace("}", "}}") + "#{}"
     return array_source(location, images, name, labels, stamp(path))
+
+
+def _unpacked(table: Any, key: str) -> np.ndarray:
+    """One array of a .npz, which numpy makes as large as its header says, before it reads on.
+
+    Raises:
+        ValueError: it is no array, its header says more than there is, or memory has no room for it.
+    """
+    info = table.zip.getinfo(key if key in table.zip.namelist() else f"{key}.npy")
+    with table.zip.open(info) as file:
+        read = np.lib.format.read_array_header_1_0
+        if np.lib.format.read_magic(file) != (1, 0):
+            read = np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+    need, free = math.prod(shape) * dtype.itemsize, doctor.free_memory()
+    if need > info.file_size:
+        raise ValueError(f"{key} is truncated: {info.file_size} bytes for shape {shape} and type {dtype}")
+    if free is not None and need > free:
+        raise ValueError(f"{key} takes {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; a .npy is read in place")
+    return table[key]
 
 
 def array_source(location: str, x: np.ndarray, name: str, labels: Any = None, stamp: bytes = b"") -> Source:
@@ -92,10 +116,15 @@ def torchvision_source(location: str, data_root: str | None) -> Source:
     if name not in datasets.__all__:
         near = difflib.get_close_matches(name, datasets.__all__, n=1, cutoff=0.4)
         raise ValueError(f"torchvision has no data set {name!r}{f'; did you mean {near[0]}?' if near else ''}")
+    if name in PICKLED:
+        raise ValueError(
+            f"{location}: torchvision reads it by a pickle, which may run any code; give a folder of images"
+        )
     kind = getattr(datasets, name)
     takes = inspect.signature(kind).parameters
     root = os.path.expanduser(data_root or "~/.cache/torchvision")
     options: dict[str, Any] = {"root": root} if "root" in takes else {}
+    options |= {"loader": picture} if "loader" in takes else {}
     if split and "split" in takes:
         options["split"] = split
     elif split and "train" in takes and split in ("train", "test"):
@@ -105,7 +134,8 @@ def torchvision_source(location: str, data_root: str | None) -> Source:
     try:
         data = kind(**options)
     except (RuntimeError, OSError) as error:
-        get = f"torchvision.datasets.{name}({', '.join(f'{k}={v!r}' for k, v in options.items())}, download=True)"
+        given = ", ".join(f"{k}={v!r}" for k, v in options.items() if k != "loader")
+        get = f"torchvision.datasets.{name}({given}, download=True)"
         raise ValueError(
             f"{location}: not found in {root} ({line(error)}); give another --data-root or run {get}"
         ) from None

@@ -42,6 +42,8 @@ def stamp(path: str, root: str = "") -> bytes:
     """What identifies the content of a regular file without reading it. Raises BadImage if it is not one."""
     try:
         status = os.stat(path)
+    except ValueError:  # an embedded NUL
+        raise BadImage("no such file") from None
     except OSError as error:
         raise BadImage(
             "no such file" if isinstance(error, FileNotFoundError) else str(error.strerror).lower()

@@ -36,9 +36,8 @@ def files_source(
             kept.append(path)
             rows.append(row)
     if not kept:
-        raise ValueError(
-            f"{shown(location)}: no image can be read; the first of {len(skipped)} is {': '.join(skipped[0])}"
-        )
+        first = " ".join(": ".join(skipped[0]).split())  # a name may have lines
+        raise ValueError(f"{shown(location)}: no image can be read; the first of {len(skipped)} is {first}")
     known = [classes[row] for row in rows] if classes else None
     return Source(location, list(names), lambda i: Path(kept[i]), digest.hexdigest(), skipped, known)
 
@@ -94,7 +93,8 @@ def list_file_source(location: str, path: str, delimiter: str) -> Source:
             raise ValueError(f"{shown(location)} is no readable table: {error}") from None
         head = [name.strip().lower() for name in rows[0]] if rows else []
         if "path" not in head and any(len(row) > 1 for row in rows):
-            raise ValueError(f"{shown(location)} needs a column 'path'; it has {', '.join(map(shown, rows[0]))}")
+            columns = " ".join(", ".join(map(shown, rows[0])).split())[:120]
+            raise ValueError(f"{shown(location)} needs a column 'path'; it has {columns}")
         if "path" in head:
             rows = [row + [""] * (len(head) - len(row)) for row in rows[1:]]
             labels = [label(row[head.index("label")]) for row in rows] if "label" in head else None

@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from deepcluster.decode import BadImage
+from deepcluster import checked
+from deepcluster.decode import MAX_BYTES, BadImage
 from deepcluster.sources.base import IMAGES, Classes, Item, Skipped, Source, label, line, shown, stamp
 
 BATCH = 256  # rows of Parquet read at a time: row groups may be as long as their file
+LONGEST = 4096  # bytes of the name of a member of a tar, as of a path
 
 
 def _shards(
@@ -30,7 +32,7 @@ def _shards(
             named = add(path)
             digest.update(stamp(path, root) + named)
             good += 1
-        except (OSError, ValueError, tarfile.TarError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        except Exception as error:  # pyarrow and tarfile raise anything on damaged bytes
             skipped.append((shown(path), f"no readable {kind}: {line(error)}"))
     if not good:
         raise ValueError(f"{shown(location)}: {': '.join(skipped[-1])}")
@@ -49,6 +51,7 @@ def parquet_source(location: str, paths: list[str], skipped: Skipped, root: str)
     def add(path: str) -> bytes:
         with pq.ParquetFile(path) as file:
             schema, metadata = file.schema_arrow, file.metadata
+            rows_of = checked.rows(metadata, os.path.getsize(path))
             column = next((name for name in ("image", "img") if name in schema.names), "")
             if not re.match(
                 r"(large_)?(binary|string)|struct<.*(bytes|path): ", str(schema.field(column).type) if column else ""
@@ -58,15 +61,15 @@ def parquet_source(location: str, paths: list[str], skipped: Skipped, root: str)
             named = _named(file, column, path, root)
         try:
             known = json.loads(schema.metadata[b"huggingface"])["info"]["features"]["label"]["names"]
-        except (TypeError, KeyError, ValueError):
+        except (TypeError, KeyError, ValueError, RecursionError):
             known = None
-        if known and values:
+        if isinstance(known, list) and values:
             values = [known[v] if isinstance(v, int) and 0 <= v < len(known) else None for v in values]
         row = len(names)
-        for group in range(metadata.num_row_groups):
+        for group, n in enumerate(rows_of):
             groups.append((path, group, column))
             starts.append(row)
-            row += metadata.row_group(group).num_rows
+            row += n
         names.extend(f"{shown(path)}#{i}" for i in range(metadata.num_rows))
         classes.extend([None] * metadata.num_rows if values is None else (label(value) for value in values))
         return named
@@ -163,11 +166,14 @@ def tars_source(location: str, paths: list[str], skipped: Skipped, root: str) ->
 
     def add(path: str) -> bytes:
         count = len(members)
-        end = os.path.getsize(path)
+        end, before = os.path.getsize(path), -1
         try:
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined]  # else it keeps a million of them
+                    if member.offset_data <= before or member.size < 0:  # it would lead back, for ever
+                        raise tarfile.ReadError("damaged header")
+                    before = member.offset_data
                     folder, base = os.path.split(member.name)
                     key, _, extension = base.partition(".")
                     name = f"{shown(path)}/{shown(member.name)}"
@@ -179,15 +185,19 @@ def tars_source(location: str, paths: list[str], skipped: Skipped, root: str) ->
                             text = file.read(member.size).decode("utf-8", "replace").strip()
                         labels[path, os.path.join(folder, key)] = label(text)
                     elif os.path.splitext(base)[1].lower() in IMAGES:
-                        if name in members or member.offset_data + member.size > end:
+                        if len(name) > LONGEST:
+                            skipped.append((name[:80] + "...", "name too long"))
+                        elif name in members or member.offset_data + member.size > end:
                             skipped.append((name, "listed twice" if name in members else "truncated"))
+                        elif member.size > MAX_BYTES:
+                            skipped.append((name, f"too large: {member.size} bytes"))
                         else:
                             members[name] = (path, member.offset_data, member.size)
                             keys.append((path, os.path.join(folder, key)))
                 tar.fileobj.seek(tar.offset)  # tarfile takes a damaged header for the end
                 if any(tar.fileobj.read(512)):
                     raise tarfile.ReadError("damaged header")
-        except (tarfile.TarError, OSError) as error:
+        except Exception as error:  # TarError, or what damaged headers make of themselves, such as MemoryError
             if len(members) == count:
                 raise
             skipped.append((shown(path), f"damaged after {len(members) - count} images: {line(error)}"))

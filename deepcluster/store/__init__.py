@@ -90,7 +90,7 @@ def probe(source: Source, limit: int = 256) -> Probe:
         try:
             seen.append(decode.header(source.read(i)))
         except Exception as error:  # as when decoding: one bad image is no reason to stop
-            reason = f"{source.names[i]}: {error}"
+            reason = " ".join(f"{source.names[i]}: {error}".split())  # a name may have lines
     if not seen:
         raise ValueError(f"{source.location}: no image can be read; for example {reason}")
     width, height, _ = np.median(seen, axis=0).astype(int).tolist()

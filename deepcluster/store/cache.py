@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deepcluster import decode
+from deepcluster import checked, decode
 from deepcluster.decode import BadImage
 from deepcluster.sources import Source
 
@@ -35,7 +35,8 @@ Progress = Callable[..., Iterable]
 def none_good(source: Source, bad: list[tuple[int, str]]) -> str:
     """The error of a source without a single good image; ``bad``: some of them."""
     row, reason = bad[0]
-    return f"{source.location}: none of {len(source.names)} can be used; for example {source.names[row]}: {reason}"
+    text = f"{source.location}: none of {len(source.names)} can be used; for example {source.names[row]}: {reason}"
+    return " ".join(text.split())  # a name may have lines
 
 
 def key(source: Source, shape: tuple[int, ...]) -> str:
@@ -59,6 +60,10 @@ class Work:
     shape: tuple[int, int, int, int]  # (M, C, H, W)
     workers: int
     progress: Progress
+
+    def __post_init__(self) -> None:
+        if self.shape[1] not in (1, 3):  # before memory is taken for them
+            raise ValueError(f"images have 1 or 3 channels; got {self.shape[1]}")
 
     @property
     def bytes(self) -> int:
@@ -189,8 +194,12 @@ def whole(folder: Path, shape: tuple[int, ...]) -> bool:
         head = header(shape)
         with (folder / "images.npy").open("rb") as file:
             same = file.read(len(head)) == head and os.fstat(file.fileno()).st_size == len(head) + int(np.prod(shape))
-        return same and index["shape"] == list(shape) and np.load(folder / "sha1.npy").shape == (shape[0], 20)
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
+        digests = checked.array(folder / "sha1.npy")
+        rows = [row for row, reason in index["bad"] if isinstance(reason, str)]
+        same &= len(rows) == len(index["bad"]) and all(type(row) is int and 0 <= row < shape[0] for row in rows)
+        same &= index["shape"] == list(shape) and digests.dtype == np.uint8
+        return same and digests.shape == (shape[0], 20)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
