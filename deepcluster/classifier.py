@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +16,11 @@ from safetensors.torch import load as deserialise
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from deepcluster import atomic, edits
+from deepcluster import atomic, checked, edits, metrics
 from deepcluster.backbones import make_backbone
 from deepcluster.batches import eval_batches
 from deepcluster.edits import Step, distance
-from deepcluster.model import HEADS, Model
+from deepcluster.model import HEADS
 from deepcluster.store import Store
 
 FORMAT = 1
@@ -67,8 +66,7 @@ class Classifier(nn.Module):
         self.steps: list[Step] = []
         self.trained: dict[str, Tensor] = {}  # centroids and reach before the first edit
         self._count()
-        self.to(memory_format=torch.channels_last)  # as in training: another layout rounds differently
-        self.eval()
+        self.to(memory_format=torch.channels_last).eval()  # as in training: another layout rounds differently
 
     def _count(self) -> None:
         self.ids = edits.ids_after(self.first_names, self.steps)
@@ -88,53 +86,50 @@ class Classifier(nn.Module):
         """Ids marked as junk."""
         return self.ids.junk
 
-    @classmethod
     @torch.no_grad()
-    def of(
-        cls, model: Model, head: int, spec: Spec, store: Store, names: Sequence[str] = (), steps: Sequence[Step] = ()
-    ) -> tuple["Classifier", dict[str, np.ndarray]]:
-        """Take one head of a trained model, sort its clusters by size, measure them on the training images.
+    def sort(self, features: np.ndarray, names: Sequence[str], steps: Sequence[Step]) -> dict[str, np.ndarray]:
+        """Number the clusters by size, measure them on the training images' features (N, D); gives ``describe``.
 
         ``names`` of the head's outputs, if they have any; ``steps``: edits that were made already.
-
-        Returns:
-            The classifier, and COLUMNS and ``features`` of the store's images (see ``stream``).
         """
-        self = cls(spec, model.backbone, model.heads[head], model.dim).to(store.device)
-        features = self.predict(store, ("features",))["features"]
-        cluster = torch.cat([self.judge(part)[1] for part in self._parts(features)])
-        sizes = np.bincount(cluster.cpu().numpy(), minlength=spec.n_clusters)
+        sizes = torch.bincount(self._clusters(features), minlength=self.spec.n_clusters).cpu().numpy()
         self.order.copy_(torch.from_numpy(np.argsort(-sizes, kind="stable")))
-        self.first_names = [names[output] for output in self.order.tolist()] if names else self.first_names
-        self._count()
+        self.name(names)
         self._measure(features)
         if steps:
             self._set(steps, features)
-        return self, self.describe(features)
+        return self.describe(features)
+
+    def name(self, names: Sequence[str]) -> None:
+        """Give clusters the ``names`` of the head's outputs, if these have any."""
+        self.first_names = [names[output] for output in self.order.tolist()] if names else self.first_names
+        self._count()
 
     def _parts(self, features: np.ndarray) -> Iterator[Tensor]:
         """(N, D) features, ROWS at a time, on the device."""
         for start in range(0, len(features), ROWS):
             yield torch.from_numpy(np.array(features[start : start + ROWS], np.float32)).to(self.order.device)
 
+    def _clusters(self, features: np.ndarray) -> Tensor:
+        """(N,) ids as the clusters are now."""
+        cluster = torch.empty(len(features), dtype=torch.int64, device=self.order.device)
+        for here, part in zip(cluster.split(ROWS), self._parts(features), strict=True):
+            here.copy_(self.judge(part)[1])
+        return cluster
+
     @torch.no_grad()
     def _measure(self, features: np.ndarray) -> None:
         """Centroids and reach of the clusters as they are now, from the features (N, D) of the training images."""
         k, device = self.n_clusters, self.order.device
-        cluster = torch.cat([self.judge(part)[1] for part in self._parts(features)])
+        cluster = self._clusters(features)
         total = torch.zeros(k, self.dim, device=device)
         for part, which in zip(self._parts(features), cluster.split(ROWS), strict=True):
             total.index_add_(0, which, F.normalize(part, dim=1))
         self.centroids = total / torch.bincount(cluster, minlength=k).clamp_min(1)[:, None]
-        self.reach = torch.full((k,), float("inf"), device=device)
-        parts = zip(self._parts(features), cluster.split(ROWS), strict=True)
-        far = [distance(F.normalize(part, dim=1), self.centroids[which]) for part, which in parts]
-        order = cluster.argsort(stable=True).cpu().numpy()
-        counts = np.bincount(cluster.cpu().numpy(), minlength=k)
-        for c, inside in enumerate(np.split(torch.cat(far).cpu().numpy()[order], counts.cumsum()[:-1])):
-            if len(inside):  # Tukey's fence: far out is 1.5 interquartile ranges above the upper quartile
-                low, high = np.quantile(inside, [0.25, 0.75])
-                self.reach[c] = float(high + 1.5 * (high - low))
+        far = torch.empty(len(features), device=device)
+        for part, which, here in zip(self._parts(features), cluster.split(ROWS), far.split(ROWS), strict=True):
+            here.copy_(distance(F.normalize(part, dim=1), self.centroids[which]))
+        self.reach = torch.from_numpy(metrics.fences(far.cpu().numpy(), cluster.cpu().numpy(), k)).to(device)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, C, H, W) in [0, 1], or vectors (B, D) -> features (B, D), probabilities (B, K'), ids (B,)."""
@@ -169,8 +164,8 @@ class Classifier(nn.Module):
     @torch.no_grad()
     def describe(self, features: np.ndarray) -> dict[str, np.ndarray]:
         """COLUMNS, and ``features`` themselves, of images whose features (N, D) are there already."""
-        found = _joined(self._columns(part, *self.judge(part)) for part in self._parts(features))
-        return {**found, "features": features}
+        parts = (self._columns(part, *self.judge(part)) for part in self._parts(features))
+        return {**_joined(parts, len(features)), "features": features}
 
     @torch.no_grad()
     def stream(self, store: Store, batch_size: int = ROWS) -> Iterator[dict[str, np.ndarray]]:
@@ -193,17 +188,15 @@ class Classifier(nn.Module):
                 images = F.pad(images, (0, 0, 0, batch_size - n))
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # float32 has 24 bits, TF32 has 11
                 features, p, cluster = (column[:n] for column in self(images))
-            yield {
-                **self._columns(features, p, cluster),
-                "probabilities": p.cpu().numpy(),
-                "features": features.cpu().numpy(),
-            }
+            more = {"probabilities": p.cpu().numpy(), "features": features.cpu().numpy()}
+            yield self._columns(features, p, cluster) | more
 
     def predict(
         self, store: Store, columns: Sequence[str] = (*COLUMNS, "probabilities", "features"), batch_size: int = ROWS
     ) -> dict[str, np.ndarray]:
         """The named columns of ``stream`` for all images of a store."""
-        return _joined({name: found[name] for name in columns} for found in self.stream(store, batch_size))
+        parts = ({name: found[name] for name in columns} for found in self.stream(store, batch_size))
+        return _joined(parts, len(store))
 
     def edit(self, features: np.ndarray, step: Step) -> dict[str, np.ndarray]:
         """Change the clusters, measure them anew on the features (N, D) of the training images; gives ``describe``.
@@ -234,8 +227,7 @@ class Classifier(nn.Module):
     def split(self, features: np.ndarray, cluster: int, parts: int) -> edits.Split:
         """The edit that splits a cluster by the features (N, D) of the training images; raises as ``edits.split``."""
         self.ids.check(cluster)
-        which = torch.cat([self.judge(part)[1] for part in self._parts(features)]).cpu().numpy()
-        rows = np.flatnonzero(which == cluster)
+        rows = np.flatnonzero(self._clusters(features).cpu().numpy() == cluster)
         return edits.split(cluster, torch.from_numpy(np.array(features[rows], np.float32)), parts)
 
     def nearest(self) -> edits.Nearest:
@@ -266,12 +258,14 @@ class Classifier(nn.Module):
             ValueError: no model there, a damaged one, or one of a newer version.
         """
         try:
-            config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if config["format"] > FORMAT:
-                raise ValueError(f"it has format {config['format']}, this version reads {FORMAT}; upgrade deepcluster")
-            spec = Spec(**{**config, "shape": tuple(config["shape"])})
-            backbone, dim = make_backbone(spec.backbone, spec.shape)
-            self = cls(spec, backbone, HEADS[spec.head](dim, spec.n_clusters), dim)  # type: ignore[arg-type]
+            config = checked.version(json.loads((folder / "config.json").read_text(encoding="utf-8")), FORMAT)
+            spec = Spec(**{**config, "shape": checked.shape(config["shape"])})
+
+            def build() -> Classifier:
+                backbone, dim = make_backbone(spec.backbone, spec.shape)
+                return cls(spec, backbone, HEADS[spec.head](dim, spec.n_clusters), dim)  # type: ignore[arg-type]
+
+            self = checked.built(folder / "model.safetensors", spec.n_clusters, build)
             self.load_state_dict(deserialise((folder / "model.safetensors").read_bytes()))
             names = json.loads((folder / "names.json").read_text(encoding="utf-8"))
             if (folder / "edits.safetensors").exists():
@@ -280,20 +274,25 @@ class Classifier(nn.Module):
                 self.centroids, self.reach = measured["centroids"], measured["reach"]
             self.first_names = [str(name) for name in names]
             self._count()
-            if self.centroids.shape != (self.n_clusters, dim) or self.reach.shape != (self.n_clusters,):
+            if self.centroids.shape != (self.n_clusters, self.dim) or self.reach.shape != (self.n_clusters,):
                 raise ValueError("its names or edits belong to another model")
+            self.judge(torch.zeros(1, self.dim))  # so do edits of another width
         except FileNotFoundError as error:
             raise ValueError(f"no model in {folder}: {Path(error.filename).name} is missing") from None
-        except (KeyError, TypeError, RuntimeError, AttributeError, SafetensorError, ValueError) as error:
+        except (LookupError, TypeError, RuntimeError, AttributeError, SafetensorError, ValueError) as error:
             reason = " ".join((str(error) or type(error).__name__).split())[:200]
             raise ValueError(f"cannot read the model in {folder}: {reason}") from error
         return self.to(device)
 
 
-def _joined(parts: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Batches of columns, one after the other."""
-    columns: dict[str, list[np.ndarray]] = {}
+def _joined(parts: Iterable[dict[str, np.ndarray]], n: int) -> dict[str, np.ndarray]:
+    """Batches of columns, one after the other, n rows in all."""
+    columns: dict[str, np.ndarray] = {}
+    row = 0
     for part in parts:
         for name, value in part.items():
-            columns.setdefault(name, []).append(value)
-    return {name: np.concatenate(values) for name, values in columns.items()}
+            if not row:  # once: small pieces that are kept would hold on to the memory of the large ones between them
+                columns[name] = np.empty((n, *value.shape[1:]), value.dtype)
+            columns[name][row : row + len(value)] = value
+        row += len(value)
+    return columns

@@ -41,7 +41,10 @@ class Editable:
 
     @property
     def embedding_(self) -> np.ndarray:
-        """(N, D) float32 features of the training images; of a run with a directory, memory-mapped."""
+        """(N, D) float32 features of the training images; of a run with a directory, memory-mapped.
+
+        Without one they are held in memory, under torchrun by every process: give ``out`` for many images.
+        """
         self._images()
         return outputs.read_features(self._run) if self._run else self._features
 

@@ -23,8 +23,10 @@ from deepcluster import atomic, outputs
 
 LANDMARKS = 2000  # images that t-SNE places
 EXACT = 20_000  # above so many images only some cells of an index are searched for neighbours
+DIRECTIONS = 64  # principal ones of the features, which that index holds: 128 bytes an image, whatever D
 BLOCK = 8192  # rows that are normalised at a time
-FORMAT = 1
+NEIGHBOURS = 8
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,11 @@ class Landscape:
     distances: np.ndarray  # (N, k) float32 cosine distances of these, in [0, 2]
 
 
-def landscape(features: np.ndarray, k: int = 8, seed: int = 0) -> Landscape:
+def landscape(features: np.ndarray, k: int = NEIGHBOURS, seed: int = 0) -> Landscape:
     """Map N images by their features. The same features give the same map, bit for bit on one machine.
 
-    Neighbours are exact up to ``EXACT`` images; above, some may be missed.
+    Neighbours are exact up to ``EXACT`` images; above, some may be missed, and distances leave out what the features
+    vary little in.
 
     Args:
         features: (N, D) floats, which may be memory-mapped; only their directions count.
@@ -63,7 +66,7 @@ def landscape_of(run: Path) -> Landscape:
     """
     features, path = outputs.read_features(run), run / "map.npz"
     digest = _digest(run / "features.npy")
-    found = _read(path, digest)
+    found = _read(path, digest, len(features))
     if found is None:
         found = landscape(features)
         try:
@@ -82,13 +85,21 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path, digest: str) -> Landscape | None:
-    """What is kept in ``path``, or None if it is not the landscape of these features."""
+def _read(path: Path, digest: str, n: int) -> Landscape | None:
+    """What is kept in ``path``, or None if it is not the landscape of these features of n images."""
     try:
         with path.open("rb") as file:  # numpy leaves a damaged one open
             table = np.load(file, allow_pickle=False)
             found = Landscape(**{field.name: table[field.name] for field in fields(Landscape)})
-            return found if str(table["digest"]) == digest else None
+            k = min(NEIGHBOURS, n - 1)
+            kinds = {
+                "positions": (np.float32, (n, 2)),
+                "neighbours": (np.int32, (n, k)),
+                "distances": (np.float32, (n, k)),
+            }
+            same = all((x.dtype, x.shape) == kinds[name] for name, x in vars(found).items())
+            same = same and 0 <= found.neighbours.min(initial=0) <= found.neighbours.max(initial=0) < n
+            return found if same and np.isfinite(found.positions).all() and str(table["digest"]) == digest else None
     except Exception:  # numpy, zipfile and zlib each have their own way to say damaged
         return None
 
@@ -107,17 +118,21 @@ def _neighbours(features: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     n, dim = features.shape
     index: Any = faiss.IndexFlatIP(dim)
     if n > EXACT:
-        cells, kind = min(int(4 * n**0.5), n // 64), faiss.ScalarQuantizer.QT_fp16  # half as large as the features
-        index = faiss.IndexIVFScalarQuantizer(index, dim, cells, kind, faiss.METRIC_INNER_PRODUCT, False)
-        index.train(_unit(features[:: n // (64 * cells)]))
-        index.nprobe = 16
+        cells, kind = min(int(4 * n**0.5), n // 64), faiss.ScalarQuantizer.QT_fp16
+        kept = min(dim, DIRECTIONS)
+        inner = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatL2(kept), kept, cells, kind, faiss.METRIC_L2, False)
+        index = faiss.IndexPreTransform(faiss.PCAMatrix(dim, kept), inner)
+        some = features[:: n // (64 * cells)]
+        index.train(np.concatenate([_unit(some[i : i + BLOCK]) for i in range(0, len(some), BLOCK)]))
+        inner.nprobe = 16
     for i in range(0, n, BLOCK):
         index.add(_unit(features[i : i + BLOCK]))
     ids, cosines = np.empty((n, k), np.int32), np.empty((n, k), np.float32)
 
     def search(rows: np.ndarray) -> None:
         for own in np.array_split(rows, -(-len(rows) // BLOCK)):
-            cosine, found = index.search(_unit(features[own]), k + 1)
+            score, found = index.search(_unit(features[own]), k + 1)
+            cosine = score if n <= EXACT else 1 - score / 2  # of unit vectors
             others = np.argsort(found == own[:, None], axis=1, kind="stable")[:, :k]  # itself goes last and falls away
             ids[own] = np.take_along_axis(found, others, 1)
             cosines[own] = np.take_along_axis(cosine, others, 1)
@@ -125,7 +140,7 @@ def _neighbours(features: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     search(np.arange(n))
     lonely = np.flatnonzero((ids < 0).any(1))  # their cells hold too few others
     if len(lonely):
-        index.nprobe = cells
+        inner.nprobe = cells
         search(lonely)
     return ids, np.clip(1 - cosines, 0, 2)
 

@@ -197,3 +197,34 @@ def health(labels: Any, n_clusters: int) -> dict[str, float | int]:
         "entropy": entropy,
         "effective": float(np.exp(entropy)) if counts.any() else 0.0,
     }
+
+
+def silhouettes(features: np.ndarray, cluster: np.ndarray, means: np.ndarray) -> np.ndarray:
+    """(N,) simplified silhouettes, in [-1, 1]: how much nearer an image is to its own cluster's mean than to another's.
+
+    With a the cosine distance of a row of ``features`` (N, D) to the mean of its own ``cluster`` (N,), b to the nearest
+    other one of ``means`` (K, D), where rows of zeros are clusters without images: (b - a) / max(a, b).
+    """
+    used = (means != 0).any(1)
+    unit, means = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (features, means))
+    far, rows = (1 - unit @ means.T).clip(min=0), np.arange(len(unit))
+    own = far[rows, cluster]
+    far[:, ~used] = far[rows, cluster] = np.inf
+    other = far.min(1)
+    other = np.where(np.isfinite(other), other, own)
+    return (other - own) / np.maximum(np.maximum(other, own), 1e-12)
+
+
+def fences(values: np.ndarray, cluster: np.ndarray, n_clusters: int) -> np.ndarray:
+    """(n_clusters,) float32: the value (N,) beyond which a member of a cluster is far out, infinite for empty clusters.
+
+    Tukey's: 1.5 interquartile ranges above the upper quartile.
+    """
+    reach = np.full(n_clusters, np.inf, np.float32)
+    counts = np.bincount(cluster, minlength=n_clusters)
+    ordered = values[np.argsort(cluster, kind="stable")]
+    for c, inside in enumerate(np.split(ordered, counts.cumsum()[:-1])):
+        if len(inside):
+            low, high = np.quantile(inside, [0.25, 0.75])
+            reach[c] = high + 1.5 * (high - low)
+    return reach

@@ -4,6 +4,9 @@ A near copy shows the same picture after saving it anew, resizing, a change of b
 things must agree: a perceptual thumbnail (8 x 8 grey values without their mean and contrast; its nearest ones are the
 candidates), the features, and the pixels at 16 x 16.
 
+Features may be memory-mapped: at most BLOCK rows of them are held at a time. An image costs about 1.3 kB of memory
+besides, for its thumbnails and candidates, and up to 9 reads of two rows of features.
+
 Shapes: N images, M different ones that are compared, P pairs of them, D features, K clusters.
 """
 
@@ -31,6 +34,7 @@ FEW = 32  # images that are too few to tell what is usual
 NEAR = 8  # nearest thumbnails of each image that are compared with it
 EXACT = 10_000  # above so many images candidates come from an index, which may miss some
 BLOCK = 2**13  # images or pairs at a time
+PAIRS = 2**10  # pairs whose features are read at a time
 BLANK, DARK, BRIGHT = LOOKS = ("almost blank", "among the darkest 1 %", "among the brightest 1 %")
 
 
@@ -175,9 +179,13 @@ def _unlike(a: Tensor, b: Tensor) -> np.ndarray:
 
 
 def _apart(features: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """(P,) cosine distances of the features of rows i and j."""
-    a, b = (F.normalize(torch.from_numpy(features[rows].astype(np.float32)), dim=1) for rows in (i, j))
-    return (1 - (a * b).sum(1)).numpy()
+    """(P,) cosine distances of the features of rows i and j, which are read PAIRS at a time."""
+    far = np.empty(len(i), np.float32)
+    for start in range(0, len(i), PAIRS):
+        some = slice(start, start + PAIRS)
+        a, b = (F.normalize(torch.from_numpy(np.asarray(features[rows[some]], np.float32)), dim=1) for rows in (i, j))
+        far[some] = 1 - (a * b).sum(1)
+    return far
 
 
 def _usual(features: np.ndarray, rows: np.ndarray) -> float:
@@ -217,6 +225,8 @@ def _where(features: np.ndarray, cluster: np.ndarray, distance: np.ndarray, clas
     """What the features of outliers say."""
     centroids, reach = classifier.centroids.cpu(), classifier.reach.cpu()
     used = centroids.norm(dim=1).nonzero()[:, 0]  # clusters without images have no mean
+    if not len(used):  # all features are zero
+        return ["far from its own cluster"] * len(features)
     unit = F.normalize(torch.from_numpy(features.astype(np.float32)), dim=1)
     far = 1 - unit @ F.normalize(centroids[used], dim=1).T
     near = far.min(1)

@@ -5,12 +5,13 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
@@ -109,11 +110,20 @@ def training_images(
     return table.replace_schema_metadata({EDITS: _log(classifier.steps)})
 
 
-def write(run: Path, classifier: Classifier, found: dict[str, np.ndarray], table: pa.Table) -> None:
-    """model/, features.npy, assignments.parquet and clusters.parquet of a finished run; ``found`` has its features."""
-    classifier.save(run / "model")
+def write_features(run: Path, blocks: Iterable[np.ndarray], shape: tuple[int, int]) -> None:
+    """features.npy of a run, (N, D) float32, from blocks of its rows: completely or not at all."""
+    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
     with atomic.replacing(run / "features.npy") as f:
-        np.save(f, found["features"], allow_pickle=False)
+        np.lib.format.write_array_header_1_0(f, header)
+        for block in blocks:
+            f.write(np.ascontiguousarray(block, "<f4").data)
+
+
+def write(run: Path, classifier: Classifier, found: dict[str, np.ndarray], table: pa.Table) -> None:
+    """model/, assignments.parquet and clusters.parquet of a finished run, and features.npy if ``found`` has them."""
+    classifier.save(run / "model")
+    if "features" in found:
+        write_features(run, [found["features"]], found["features"].shape)
     write_table(run / "clusters.parquet", clusters(found, table["path"].to_pylist(), classifier))
     write_table(run / "assignments.parquet", table)  # last: a run that has it is finished
 
@@ -158,6 +168,8 @@ def editing(run: Path, classifier: Classifier) -> Iterator[None]:
 
 def mended(run: Path, table: pa.Table, classifier: Classifier) -> pa.Table:
     """The assignments of a run, made anew if they do not show the edits of its model: one was interrupted."""
+    if len(table) and pc.max(table["cluster"]).as_py() >= classifier.n_clusters:
+        raise ValueError(f"{run} is damaged: assignments.parquet has clusters that the model in it does not have")
     if (table.schema.metadata or {}).get(EDITS, _log([])) == _log(classifier.steps):
         return table
     found = classifier.describe(outputs.read_features(run))

@@ -1,7 +1,8 @@
 """How fast the parts are, each beside what it is measured against: ``python scripts/bench.py NAME [--json]``.
 
-predict   labelling images that are in memory, beside the bare forward pass of the same network on ready tensors
-report    writing report.html for 50,000 images (without its map), its size, and its first paint in Chromium
+predict     labelling images that are in memory, beside the bare forward pass of the same network on ready tensors
+report      writing report.html for 50,000 images (without its map), its size, and its first paint in Chromium
+checkpoint  share of epochs of ten seconds that saving them takes, for a small network and for ResNet-18
 
 Rounds alternate between both sides, so that a busy machine slows both; rates are per second of one thread's processor
 time, which other work disturbs least. Printed: the medians, and the range of the ratio (how many times better ours is).
@@ -15,20 +16,24 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 
 import deepcluster.methods  # noqa: F401  (registers them)
-from deepcluster import atomic, results
+from deepcluster import atomic, checkpoint, ending
 from deepcluster.backbones import make_backbone
+from deepcluster.checkpoint import Saver
 from deepcluster.classifier import COLUMNS, ROWS, Classifier, Spec
 from deepcluster.landscape import landscape_of
 from deepcluster.model import Model, Standardised
 from deepcluster.plan import resolve
+from deepcluster.recipe import make_recipe
 from deepcluster.report import write_report
 from deepcluster.settings import Settings
 from deepcluster.store import Store
+from deepcluster.trainer import Training, start
 
 Case = dict[str, str | int | float]
 
@@ -49,7 +54,7 @@ def show(bench: str, case: Case, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"bench": bench, **case}), flush=True)
     else:
-        print(f"{bench:8} {case['case']:24} ours {case['ours']:10.5g} {case['unit']}   {case['peer']} "
+        print(f"{bench:10} {case['case']:24} ours {case['ours']:10.5g} {case['unit']}   {case['peer']} "
               f"{case['theirs']:10.5g}   ratio {case['ratio']:.3f} ({case['low']:.3f}-{case['high']:.3f}), "
               f"n = {case['n']}", flush=True)  # fmt: skip
 
@@ -104,8 +109,7 @@ def report() -> Iterator[Case]:
         spec = Spec("convnet", store.shape, "Standardised", 10, "0")
         with torch.no_grad():
             model([store.data[:5000].float() / 255])
-        classifier, found = Classifier.of(model, 0, spec, store)
-        results.write(run, classifier, found, results.training_images(found, store.names, store.sha1, classifier, {}))
+        ending.finish(model, 0, spec, store, run)
         device = torch.device("cpu")
         plan = resolve(Settings(method="iic", epochs=1), len(store), store.shape, device).to_dict()
         data = {"source": "bench", "data_root": None, "labels": "none", "size": [32, 3]}
@@ -120,6 +124,36 @@ def report() -> Iterator[Case]:
             yield within("first paint", milliseconds / 1000, 2, "s")
 
 
+def checkpoints(n_images: int = 50_000, epochs: int = 40, steps: int = 100) -> Iterator[Case]:
+    """Share of training that saving takes, in epochs of ten seconds, beside what it may be: 2 %.
+
+    States are written and flushed to the disk where temporary files are, in real seconds. Training is not done: the
+    clock that Saver looks at is put forward instead.
+    """
+    store = Store(torch.zeros(n_images, 1, 1, 1, dtype=torch.uint8), np.arange(n_images), [""] * n_images,
+                  [""] * n_images, [], torch.device("cpu"), "memory")  # fmt: skip
+    for name, shape in (("convnet", (3, 32, 32)), ("resnet18", (3, 64, 64))):
+        recipe, passed = make_recipe("sela"), 0.0
+        state = start(Model(*make_backbone(name, shape), recipe.heads, recipe.head), store, recipe, Training())
+        sum(z.square().sum() for z in state.network([torch.rand(4, *shape)])).backward()
+        state.optimizer.step()  # AdamW has its moments now
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(checkpoint, "time") as clock:
+            clock.monotonic = lambda: time.monotonic() + passed  # noqa: B023
+            taken = []
+            with Saver(Path(folder)) as saver:
+                for epoch in range(epochs):
+                    began = time.perf_counter()
+                    for step in saver.during(range(steps), state):
+                        passed += 10 / steps
+                        state.step = step + 1
+                    state.step, state.epoch = 0, epoch + 1
+                    saver.epoch(state, epoch + 1 == epochs)
+                    taken.append(time.perf_counter() - began)
+            size = (Path(folder) / "last.pt").stat().st_size / 1e6
+        saves, share = sum(seconds > 1e-3 for seconds in taken), 100 * sum(taken) / (10 * epochs)
+        yield within(f"{name} {size:.0f} MB, {saves} saves", share, 2, "%", epochs)
+
+
 def images_like_photographs(n: int) -> Store:
     """Blurred noise: neither as easily compressed as flat colour nor as badly as noise."""
     coarse = torch.randint(0, 256, (n, 3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -128,10 +162,10 @@ def images_like_photographs(n: int) -> Store:
     return Store(fine, np.arange(n), names, [f"{i:040x}" for i in range(n)], [], torch.device("cpu"), "memory")
 
 
-def within(case: str, ours: float, limit: float, unit: str) -> Case:
-    """One figure beside what it may be."""
+def within(case: str, ours: float, limit: float, unit: str, n: int = 1) -> Case:
+    """One figure, of ``n`` measurements, beside what it may be."""
     ratio = limit / ours
-    return {"case": case, "peer": "limit", "ours": ours, "unit": unit, "theirs": limit, "ratio": ratio, "n": 1,
+    return {"case": case, "peer": "limit", "ours": ours, "unit": unit, "theirs": limit, "ratio": ratio, "n": n,
             "low": ratio, "high": ratio}  # fmt: skip
 
 
@@ -149,7 +183,7 @@ def first_paint(page: Path) -> float | None:
         return float(tab.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime"))
 
 
-BENCHES: dict[str, Callable[[], Iterator[Case]]] = {"predict": predict, "report": report}
+BENCHES: dict[str, Callable[[], Iterator[Case]]] = {"predict": predict, "report": report, "checkpoint": checkpoints}
 
 if __name__ == "__main__":
     main()

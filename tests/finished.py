@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
+from tiny import classified
 
 import deepcluster.methods  # noqa: F401
 from deepcluster import atomic, outputs, plan, results
@@ -33,7 +34,7 @@ def finished(run: Path, source: str, k: int = 3, size: int = 8, channels: int = 
         made.heads[0].weight *= 20
         z = made.eval()([x])[0][0]
         made.heads[0].bias -= z.mean(0) + torch.linspace(0, 0.3, k)
-    classifier, found = Classifier.of(made, 0, Spec(backbone, store.shape, "Linear", k, "0"), store)
+    classifier, found = classified(made, Spec(backbone, store.shape, "Linear", k, "0"), store)
     known = {"reason": pa.array([""] * len(store)), "duplicate_of": pa.array([None] * len(store), pa.string())}
     run.mkdir(parents=True)
     results.write(run, classifier, found, results.training_images(found, store.names, store.sha1, classifier, known))

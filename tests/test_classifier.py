@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_store
+from tiny import classified, tiny_store
 
 from deepcluster.backbones import make_backbone
 from deepcluster.classifier import Classifier, Spec
@@ -20,7 +20,7 @@ def made():
     with torch.no_grad():  # spread the images over the clusters, unevenly
         z = model.eval()([store.data / 255])[0][0]
         model.heads[0].bias -= z.mean(0) + torch.tensor([0.02, 0.0, 0.01, 0.0])
-    return *Classifier.of(model, 0, SPEC, store), store
+    return *classified(model, SPEC, store), store
 
 
 def test_ids_by_size_and_the_same_by_predict(made):
@@ -50,7 +50,7 @@ def test_ties_fall_the_same_way_before_and_after_sorting():
             return z
 
     backbone, dim = make_backbone("convnet", (1, 8, 8))
-    classifier, found = Classifier.of(Model(backbone, dim, (4,), Tied), 0, SPEC, store := tiny_store())
+    classifier, found = classified(Model(backbone, dim, (4,), Tied), SPEC, store := tiny_store())
     assert np.array_equal(found["cluster"], classifier.predict(store)["cluster"])
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_store
+from tiny import classified, tiny_store
 
 from deepcluster import edits
 from deepcluster.backbones import make_backbone
@@ -24,7 +24,7 @@ def trained():
     store.data[:8] = torch.arange(8, dtype=torch.uint8)[:, None, None, None] * 20  # unlike the noise of the others
     for _ in range(20):  # measure the deviation of the scores, which spreads the images over the clusters
         model([store.data / 255])
-    classifier, found = Classifier.of(model, 0, Spec("convnet", (1, 8, 8), "Standardised", K, "0"), store)
+    classifier, found = classified(model, Spec("convnet", (1, 8, 8), "Standardised", K, "0"), store)
     assert len(np.unique(found["cluster"])) == K
     return classifier, found["features"], found, store
 
