@@ -28,6 +28,7 @@ from pathlib import Path
 
 from deepcluster import options
 from deepcluster.commands import COMMANDS
+from deepcluster.terminal import Visible, visible
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,7 +56,14 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if type(error).__name__ == "Collapse":  # without an import of torch
+            print(f"deepcluster: error: {_line(error, args)}", file=sys.stderr)
+            return 3
+        if _out_of_memory(error):
+            todo = "a smaller --batch-size or --image-size, or a smaller --backbone, needs less"
+            print(f"deepcluster: error: out of memory; {todo}; {_how_to_go_on(args)}", file=sys.stderr)
+            return 2
+        what = f"{type(error).__name__}: {visible(' '.join(str(error).split()))}"
         print(f"deepcluster: internal error: {what}; please report it with the output of --debug", file=sys.stderr)
         return 1
 
@@ -65,6 +73,7 @@ def _surroundings(args: argparse.Namespace) -> Iterator[None]:
     """Remarks go to stderr, warnings of libraries nowhere, and SIGTERM is like Ctrl-C."""
     log = logging.getLogger("deepcluster")
     handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Visible("%(message)s"))
     handler.setLevel(logging.WARNING if args.quiet else logging.INFO if sys.stderr.isatty() else logging.DEBUG)
     if os.environ.get("RANK", "0") != "0":
         handler.setLevel(logging.ERROR)
@@ -97,14 +106,20 @@ def _how_to_go_on(args: argparse.Namespace) -> str:
     return "nothing was written; start it again"
 
 
+def _out_of_memory(error: Exception) -> bool:
+    """Whether Python, torch on a CPU or torch on a GPU found no memory; each says so in its own way."""
+    said = "not enough memory" in str(error) or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or said
+
+
 def _line(error: Exception, args: argparse.Namespace) -> str:
     """The error on one line, with what to do where the system's own words do not say."""
-    text = " ".join(str(error).split())
+    text = visible(" ".join(str(error).split()))
     if not isinstance(error, OSError) or error.strerror is None:
         return text
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     todo = f"free some space; {_how_to_go_on(args)}" if full else "give a place that can be read and written"
-    where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    where = "" if error.filename is None else f"{visible(os.fsdecode(error.filename))}: "
     return f"{where}{error.strerror[:1].lower()}{error.strerror[1:]}; {todo}"
 
 

@@ -1,6 +1,6 @@
 """The order images are seen in, and the views they are seen through. Batches carry ids, never labels.
 
-Everything is a function of (seed, epoch) and the targets, for the global batch; a rank takes its rows of it.
+Everything is a function of (seed, epoch, step) and the targets, for the global batch; a rank takes its rows of it.
 So the shuffle, the draws and the labels are the same for any number of ranks.
 """
 
@@ -36,8 +36,10 @@ def steps(n_images: int, batch_size: int) -> int:
     return n_images // batch_size
 
 
-def train_batches(store: Store, targets: Targets, recipe: Recipe, batch_size: int, seed: int) -> Iterator[Batch]:
-    """One epoch of augmented batches. ``batch_size`` is global; ``seed`` is the epoch's."""
+def train_batches(
+    store: Store, targets: Targets, recipe: Recipe, batch_size: int, seed: int, first: int = 0
+) -> Iterator[Batch]:
+    """One epoch of augmented batches, from number ``first`` on. ``batch_size`` is global; ``seed`` is the epoch's."""
     rng = torch.Generator().manual_seed(seed)
     n = len(store)
     order = uniform_over(targets.labels[-1], n, rng) if recipe.balanced else torch.randperm(n, generator=rng)
@@ -47,7 +49,10 @@ def train_batches(store: Store, targets: Targets, recipe: Recipe, batch_size: in
         others = order[: steps(n, batch_size) * (batch_size - share)].view(-1, batch_size - share)
         places = torch.cat([(torch.arange(n) + 0.5) / n for n in (batch_size - share, share)]).argsort()
         order = torch.cat([others, few.view(-1, share)], 1)[:, places].flatten()
-    for ids in order[: steps(n, batch_size) * batch_size].split(batch_size):
+    for step, ids in enumerate(order[: steps(n, batch_size) * batch_size].split(batch_size)):
+        if step < first:
+            continue
+        rng = torch.Generator().manual_seed(dist.step_seed(seed, step))  # so that an epoch can be gone on with
         column = torch.randint(targets.partners.shape[1], (batch_size,), generator=rng)
         partners = targets.partners[ids, column]
         lo, hi = dist.shard(batch_size)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deepcluster import options
+from deepcluster.terminal import visible
 
 
 def _fit(args: argparse.Namespace) -> None:
@@ -17,14 +18,16 @@ def _fit(args: argparse.Namespace) -> None:
 
     given = options.given(args)
     if args.resume:
-        given.pop("device", None)  # the one setting that may change
+        given.pop("device", None)  # it may change, and so may these
+        instead: dict[str, Any] = {n: given.pop(n) for n in ("on_collapse", "checkpoint_every") if n in given}
         extra = [name for name in ("source", "out", "overwrite", "config", "dry_run") if getattr(args, name)]
         extra += [name for name, value in given.items() if value not in ({}, None)]
         if extra:
             name = extra[0].replace("_", "-") if extra[0] == "source" else f"--{extra[0].replace('_', '-')}"
             raise ValueError(f"{name} cannot be given with --resume RUN: a run goes on as it began; leave it out")
-        model = DeepCluster(out=args.resume, quiet=args.quiet, device=args.device or "auto")
-        _say(model._resume(args.labels, workers=args.workers, data_root=args.data_root), args.resume)
+        model = DeepCluster(out=args.resume, quiet=args.quiet, device=args.device or "auto", **instead)
+        model._settings()  # checks them
+        _say(model._resume(args.labels, instead, workers=args.workers, data_root=args.data_root), args.resume)
         return
     if not args.source or not (args.out or args.dry_run):
         raise ValueError("fit needs a SOURCE and --out RUN, or --resume RUN")
@@ -115,7 +118,7 @@ def _predict(args: argparse.Namespace) -> None:
         assert writer is not None
         writer.close()
     if skipped:
-        first = " ".join(f"{skipped[0][0]} ({skipped[0][1]})".split())
+        first = visible(f"{skipped[0][0]} ({skipped[0][1]})")
         print(f"{len(skipped)} images were skipped, the first: {first}")
     print(f"{n} images: {out}")
 

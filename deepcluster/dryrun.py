@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepcluster import decode, doctor
+from deepcluster import decode, dist, doctor
 from deepcluster.batches import train_batches
 from deepcluster.decode import BadImage
 from deepcluster.model import Model
@@ -85,7 +85,8 @@ def _sample(
 def _try(plan: Plan, stage: Stage, sample: Store) -> tuple[int, int, float]:
     """Bytes of the weights, bytes kept for the backward pass of a batch, and seconds of an epoch on the sample."""
     recipe = stage.recipe()
-    torch.manual_seed(plan.seed)
+    seed = dist.epoch_seed(plan.seed, 0)
+    torch.manual_seed(seed)
     backbone, dim = starting_point(replace(plan, weights=None, init_from=None), *sample.statistics)
     model = Model(backbone, dim, recipe.heads, recipe.head).to(sample.device)
     batch = min(stage.batch_size, len(sample))
@@ -100,11 +101,11 @@ def _try(plan: Plan, stage: Stage, sample: Store) -> tuple[int, int, float]:
         seconds.append(report.seconds)
 
     training = Training(
-        2, batch, stage.lr, stage.momentum, stage.weight_decay, seed=plan.seed, bf16=plan.bf16
+        2, batch, stage.lr, stage.momentum, stage.weight_decay, seed=seed, bf16=plan.bf16
     )  # the first epoch warms up
     identity: Callable[[Tensor], Tensor] = lambda x: x  # noqa: E731
     state = fit(model, sample, recipe, training, [clock], known=torch.arange(len(sample)) % recipe.heads[0])  # made up
-    batches = train_batches(sample, state.targets, recipe, batch, plan.seed)
+    batches = train_batches(sample, state.targets, recipe, batch, seed)
     half = torch.autocast(sample.device.type, torch.bfloat16, enabled=plan.bf16)
     with half, torch.autograd.graph.saved_tensors_hooks(pack, identity):
         state.network(next(iter(batches)).views)

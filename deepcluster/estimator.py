@@ -87,6 +87,8 @@ class DeepCluster(Editable, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Trans
         random_state: int | np.random.RandomState | None = 0,
         device: str = AUTO,
         precision: str = AUTO,
+        on_collapse: str = "warn",
+        checkpoint_every: str = "10m",
         use_labels: bool = False,
         params: dict[str, Any] | None = None,
         out: str | os.PathLike | None = None,
@@ -107,6 +109,8 @@ class DeepCluster(Editable, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Trans
         self.random_state = random_state
         self.device = device
         self.precision = precision
+        self.on_collapse = on_collapse
+        self.checkpoint_every = checkpoint_every
         self.use_labels = use_labels
         self.params = params
         self.out = out
@@ -140,6 +144,7 @@ class DeepCluster(Editable, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Trans
         Raises:
             ValueError: the source or a parameter is wrong; the message says what is allowed.
             FloatingPointError: the loss is no number any more.
+            sentinel.Collapse: training collapsed, and ``on_collapse`` is not "warn".
         """
         if self.use_labels and y is None:
             raise ValueError("use_labels=True learns from y; call fit(X, y) with -1 for images of unknown label")
@@ -160,8 +165,8 @@ class DeepCluster(Editable, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Trans
         X, columns = self._checked(X, reset=True), getattr(self, "feature_names_in_", None)
         return self._keep(runs.begin(settings, X, self._job(columns=columns, **job), y, hooks))
 
-    def _resume(self, labels: str | None = None, **job: Any) -> "DeepCluster":
-        return self._keep(runs.resume(self._job(**job), self.device, labels))
+    def _resume(self, labels: str | None = None, instead: dict[str, str] | None = None, **job: Any) -> "DeepCluster":
+        return self._keep(runs.resume(self._job(**job), self.device, labels, **(instead or {})))
 
     def _keep(self, result: Result) -> "DeepCluster":
         self.plan_, self.skipped_, self.scores_ = result.plan, result.skipped, result.scores
@@ -235,11 +240,12 @@ class DeepCluster(Editable, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Trans
         """
         learnt = outputs.learnt(self._table) if getattr(self, "_table", None) is not None else set()
         cluster, kept, silhouettes = [], [], []
+        means = self.classifier_.centroids.cpu().numpy()
         for store in filter(len, self._parts(X)):
             found = self.classifier_.predict(store, ("cluster", "features"))
             cluster.append(found["cluster"])
             kept += [one not in learnt for one in store.sha1]
-            silhouettes.append(_silhouettes(found["features"], found["cluster"], self.classifier_))
+            silhouettes.append(metrics.silhouettes(found["features"], found["cluster"], means))
         if y is None:
             return float(np.concatenate(silhouettes).mean())
         if np.shape(y) != (len(kept),):
@@ -285,16 +291,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-def _silhouettes(features: np.ndarray, cluster: np.ndarray, classifier: Classifier) -> np.ndarray:
-    """(N,) simplified silhouettes of features (N, D), see ``DeepCluster.score``."""
-    means = classifier.centroids.cpu().numpy()
-    used = (means != 0).any(1)
-    unit, means = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (features, means))
-    far, rows = (1 - unit @ means.T).clip(min=0), np.arange(len(unit))
-    own = far[rows, cluster]
-    far[:, ~used] = far[rows, cluster] = np.inf
-    other = far.min(1)
-    other = np.where(np.isfinite(other), other, own)
-    return (other - own) / np.maximum(np.maximum(other, own), 1e-12)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from deepcluster import atomic, dist, metrics
 from deepcluster.batches import Batch
+from deepcluster.terminal import Visible
 from deepcluster.trainer import Report
 
 logger = logging.getLogger("deepcluster")
@@ -35,7 +36,7 @@ class Recording:
     def into(self, path: Path) -> None:
         """Append to ``path`` from here on."""
         file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
-        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        file.setFormatter(Visible("%(asctime)s %(message)s"))
         self.memory.setTarget(file)
         self.memory.flush()
         self.memory.capacity = 1  # from now on at once
@@ -50,29 +51,18 @@ class Recording:
 
 
 def row(report: Report) -> dict[str, Any]:
-    """One line of metrics.jsonl: what can be known of an epoch without labels.
-
-    Predictions are those the reported head made while it was trained, so they cost nothing and lag a little behind.
-    A pretext's head has no clusters, so there is no ``health``.
-    """
-    state, recipe = report.state, report.recipe
-    n, clock = state.predicted.shape[1], report.clock
-    seen = clock.steps * (n // clock.steps)
+    """One line of metrics.jsonl: what can be known of an epoch without labels; ``health`` is that of ``examine``."""
+    state, clock = report.state, report.clock
+    seen = clock.steps * (state.predicted.shape[1] // clock.steps)
     out: dict[str, Any] = {
         "stage": state.stage,
         "epoch": state.epoch,
         "loss": round(report.loss, 6),
         "seconds": round(report.seconds, 3),
         "images_per_second": round(seen / report.seconds, 1) if report.seconds else None,
+        "health": {k: round(v, 6) if isinstance(v, float) else v for k, v in report.health.items()},
     }
-    if not recipe.pretext:
-        head = state.reported(recipe.rivals)
-        now, before = state.predicted[head].cpu().numpy(), report.before[head].cpu().numpy()
-        both = (now >= 0) & (before >= 0)
-        health: dict[str, Any] = metrics.health(now[now >= 0], recipe.heads[head])
-        health["nmi_previous"] = metrics.agreement(now[both], before[both]) if both.any() else None
-        out["health"] = {k: round(v, 6) if isinstance(v, float) else v for k, v in health.items()}
-    return out
+    return out | ({"rescues": state.rescues} if state.rescues else {})
 
 
 class Metrics:
@@ -89,6 +79,8 @@ class Metrics:
 
         Nothing before it can be missing, since an epoch is reported before it is saved.
         """
+        if not dist.is_main():
+            return
         kept = []
         if self.path.exists():
             for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
@@ -137,9 +129,9 @@ class Bar:
 
     def hook(self, report: Report) -> None:
         """Show the figures of an epoch, and log them."""
-        one = row(report)
+        health = report.health
         shown = {"epoch": f"{report.clock.epoch + 1}/{report.clock.epochs}", "loss": f"{report.loss:.4f}"}
-        if health := one.get("health"):
+        if "active" in health:
             shown["active"] = f"{health['active']}/{report.recipe.heads[0]}"
             if health["nmi_previous"] is not None:
                 shown["nmi_prev"] = f"{health['nmi_previous']:.3f}"

@@ -162,7 +162,7 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
 def _config(file: str) -> dict[str, Any]:
     try:
         found = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"cannot read --config {file}: {reason}") from None
     if not isinstance(found, dict):
@@ -179,5 +179,5 @@ def _value(text: str) -> Any:
     """JSON where it is JSON (3, 0.5, true), else the text itself."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text

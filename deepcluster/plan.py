@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deepcluster.backbones import BACKBONES
 from deepcluster.batches import steps
+from deepcluster.checked import LARGEST
 from deepcluster.classifier import Classifier
 from deepcluster.doctor import cpu_bf16
 from deepcluster.log import logger
@@ -44,6 +45,8 @@ def choose_size(settings: Settings, source: Source, device: torch.device) -> tup
         return 1, source.features.shape[1]
     seen = probe(source)
     size = image_size(seen, device) if settings.image_size == AUTO else int(settings.image_size)
+    if size > LARGEST:
+        raise ValueError(f"image_size must be at most {LARGEST}; got {size}")
     logger.info("%d images, about %d x %d px, %s; used at %d px", len(source.names), seen.width, seen.height,
                 "grey" if seen.channels == 1 else "colour", size)  # fmt: skip
     return size, seen.channels
@@ -244,7 +247,7 @@ def resolve(settings: Settings, n_images: int, shape: tuple[int, ...], device: t
         epochs = settings.epochs if settings.epochs != AUTO else auto
         stages.append(Stage(name, params, int(epochs), batch, **{"lr": float(lr) * recipe.pace, **hard}))
     plan = Plan(tuple(stages), k, backbone, settings.weights, settings.init_from, tuple(shape), settings.seed,
-                bf16 and device.type != "mps")  # fmt: skip
+                bf16 and device.type != "mps", settings.on_collapse, settings.checkpoint_every)  # fmt: skip
     for stage in plan.stages:
         steps(n_images, stage.batch_size)
     _try(plan)
@@ -275,6 +278,8 @@ def asked(plan: Plan) -> dict[str, Any]:
         "image_size": plan.shape[-1] if len(plan.shape) == 3 else AUTO,
         "random_state": plan.seed,
         "precision": "bf16" if plan.bf16 else "fp32",
+        "on_collapse": plan.on_collapse,
+        "checkpoint_every": plan.checkpoint_every,
         "params": params or None,
     }
 

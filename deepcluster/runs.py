@@ -1,5 +1,6 @@
 """One run from the source to its results: begun, gone on with, or tried out."""
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from deepcluster import __version__ as version
-from deepcluster import atomic, checkpoint, dist, doctor, dryrun, evaluate, metrics, oddities, outputs, results
+from deepcluster import atomic, checkpoint, dist, doctor, dryrun, ending, evaluate, metrics, outputs
 from deepcluster import edits as editing
 from deepcluster import plan as planning
 from deepcluster.classifier import Classifier, Spec
@@ -21,6 +22,7 @@ from deepcluster.evaluate import Known
 from deepcluster.log import Metrics, Recording, logger, no_bar
 from deepcluster.plan import Plan, choose_size
 from deepcluster.report import write_report
+from deepcluster.sentinel import Sentinel
 from deepcluster.settings import Settings
 from deepcluster.sources import Source, open_source
 from deepcluster.store import Store, open_store
@@ -55,7 +57,7 @@ class Result:
     plan: Plan
     classifier: Classifier
     images: pa.Table  # assignments.parquet
-    features: np.ndarray  # (N, D) float32
+    features: np.ndarray  # (N, D) float32; (0, D) if they are in the run directory
     skipped: list[tuple[str, str]]
     scores: dict[str, Any] | None
     seconds: float
@@ -71,11 +73,13 @@ def reads(settings: Settings, X: Any) -> dict[str, str | os.PathLike]:
 def begin(settings: Settings, X: Any, job: Job, y: Any = None, hooks: tuple[Callable, ...] = ()) -> Result:
     """Cluster a source; ``y`` are labels for training, for settings that use labels, else those of ``job.labels``."""
     planning.check(settings)
-    out = job.out
-    if out and dist.is_main():
+    out, again = job.out, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if settings.on_collapse == "rescue" and out is None:
+        raise ValueError("on_collapse='rescue' goes back to a checkpoint, so it needs a run directory: give out='RUN'")
+    if out and not again:
         outputs.check(out, job.overwrite, reads(settings, X))
     device = dist.setup(settings.device)
-    with Recording() as record:
+    with Recording() as record, contextlib.ExitStack() as held:
         source = open_source(X, data_root=job.data_root)
         known = evaluate.known_labels(settings, source.names, job.labels if y is None else y)
         true = evaluate.true_classes(source, "auto" if settings.use_labels and y is None else job.labels)
@@ -89,29 +93,32 @@ def begin(settings: Settings, X: Any, job: Job, y: Any = None, hooks: tuple[Call
                 "signature": source.signature}  # fmt: skip
         data |= known.facts if known else {}
         data |= {"feature_names": list(job.columns)} if job.columns is not None else {}
+        if out and again and _same(out, plan, data):  # torchrun started the command anew after a process had died
+            return _go_on(out, plan, data, store, job, evaluate.of_rows(true, store.rows), known, record, hooks)
         if out and dist.is_main():
+            held.enter_context(outputs.locked(out))
+            outputs.check(out, job.overwrite, reads(settings, X), mine=True)
             outputs.prepare(out)
-            config = {"format": outputs.FORMAT, "version": version, "git": doctor.revision(), "data": data,
-                      "plan": plan.to_dict()}  # fmt: skip
-            atomic.write_json(out / "config.json", config)
             record.into(out / "train.log")
             atomic.write_json(out / "env.json", doctor.environment())
             outputs.write_skipped(out / "skipped.csv", store.skipped)
+            config = {"format": outputs.FORMAT, "version": version, "git": doctor.revision(), "data": data,
+                      "plan": plan.to_dict()}  # fmt: skip
+            atomic.write_json(out / "config.json", config)  # last: a run that has it can be gone on with
         return _train(plan, data, store, job, evaluate.of_rows(true, store.rows), known, hooks=hooks)
 
 
-def resume(job: Job, device: str, labels: str | None = None) -> Result:
-    """Go on with the run in ``job.out`` exactly where it stopped; by default with the labels it began with."""
+def resume(job: Job, device: str, labels: str | None = None, **instead: Any) -> Result:
+    """Go on with the run in ``job.out`` exactly where it stopped; by default with the labels it began with.
+
+    ``instead``: fields of the plan that are others from now on; only those that training does not depend on.
+    """
     out = job.out
     assert out is not None
     config = outputs.read_config(out)
-    plan, data = config["plan"], config["data"]
+    plan, data = replace(config["plan"], **instead), config["data"]
     where = dist.setup(device)
-    last = out / "checkpoints" / "last.pt"
-    saved = checkpoint.read(last) if last.exists() else None
     with Recording() as record:
-        if dist.is_main():
-            record.into(out / "train.log")
         source = outputs.reopen(data, job.data_root)
         true = evaluate.true_classes(source, evaluate.for_scores(data, labels))
         size, channels = data["size"]
@@ -120,7 +127,29 @@ def resume(job: Job, device: str, labels: str | None = None) -> Result:
         if outputs.content(store) != data["content"]:
             raise ValueError(f"{data['source']} has other images than when {out} began ({len(store)} now, "
                              f"{data['n_images']} then); start anew with --overwrite")  # fmt: skip
-        return _train(plan, data, store, job, evaluate.of_rows(true, store.rows), known, saved)
+        return _go_on(out, plan, data, store, job, evaluate.of_rows(true, store.rows), known, record)
+
+
+def _same(out: Path, plan: Plan, data: dict[str, Any]) -> bool:
+    """Whether the run in ``out`` has this plan and these images; rank 0 decides."""
+    same = False
+    if dist.is_main() and (out / "config.json").exists():
+        config = outputs.read_config(out)
+        same = config["plan"] == plan and config["data"]["content"] == data["content"]
+    return bool(dist.from_main(torch.tensor(float(same))))
+
+
+def _go_on(
+    out: Path, plan: Plan, data: dict[str, Any], store: Store, job: Job, true: np.ndarray | None, known: Known | None,
+    record: Recording, hooks: tuple[Callable, ...] = (),
+) -> Result:  # fmt: skip
+    with contextlib.ExitStack() as held:
+        if dist.is_main():
+            held.enter_context(outputs.locked(out))
+            record.into(out / "train.log")
+        last = out / "checkpoints" / "last.pt"
+        saved = checkpoint.read(last) if last.exists() else None
+        return _train(plan, data, store, job, true, known, saved, hooks)
 
 
 def dry_run(settings: Settings, X: Any, job: Job) -> list[str]:
@@ -193,9 +222,11 @@ def _train(
     watching: list[Callable] = [*hooks]
     if out:
         writer = Metrics(out / "metrics.jsonl", true)
-        if dist.is_main():
-            writer.rewind(saved["stage"] if saved else -1, saved["epoch"] if saved else 0)
+        writer.rewind(saved["stage"] if saved else -1, saved["epoch"] if saved else 0)
         watching.append(writer)
+    sentinel = Sentinel(plan.on_collapse)
+    sentinel.images(store, plan.n_clusters)
+    watching.append(sentinel)
     model, recipe, state = planning.run(plan, store, out / "checkpoints" if out else None, watching, saved, job.quiet,
                                         torch.from_numpy(known.labels) if known else None)  # fmt: skip
     seconds = time.perf_counter() - began
@@ -203,31 +234,13 @@ def _train(
     spec = Spec(plan.backbone, plan.shape, type(model.heads[head]).__name__, plan.n_clusters, version)
     made = out / "model" / "edits.safetensors" if out else None
     steps = editing.unpack(made)[1] if saved and made and made.exists() else []  # a finished run, gone on with
-    classifier, found = Classifier.of(model, head, spec, store, known.names if known else (), steps)
-    seen = _seen(store, found, classifier, known)
-    images = results.training_images(found, store.names, store.sha1, classifier, seen)
-    if out and dist.is_main():
-        results.write(out, classifier, found, images)
-    scores = None if true is None else evaluate.scores(found["cluster"], true, plan.n_clusters)
+    classifier, images, features = ending.finish(model, head, spec, store, out, known, steps)
+    cluster = images["cluster"].to_numpy()
+    scores = None if true is None else evaluate.scores(cluster, true, plan.n_clusters)
     if out and dist.is_main():
         write_report(out, store, true)
     dist.barrier()
-    used = metrics.health(found["cluster"], classifier.n_clusters)
+    used = metrics.health(cluster, classifier.n_clusters)
     logger.info("%d images in %d clusters, the largest has %.0f %%; trained for %.1f s",
                 len(store), used["active"], 100 * used["largest_share"], seconds)  # fmt: skip
-    return Result(plan, classifier, images, found["features"], store.skipped, scores, seconds, data)
-
-
-def _seen(
-    store: Store, found: dict[str, np.ndarray], classifier: Classifier, known: Known | None
-) -> dict[str, pa.Array]:
-    """Columns that only training images have."""
-    first = oddities.duplicates(store, found["features"])
-    names = store.names
-    looks = oddities.looks(store)
-    columns = {
-        "look": pa.array(looks, pa.string()),
-        "reason": pa.array(oddities.reasons(looks, found, classifier), pa.string()),
-        "duplicate_of": pa.array([names[i] if i >= 0 else None for i in first.tolist()], pa.string()),
-    }
-    return columns | ({"given": pa.array(known.given)} if known else {})
+    return Result(plan, classifier, images, features, store.skipped, scores, seconds, data)

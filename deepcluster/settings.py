@@ -1,10 +1,13 @@
 """What may be asked of a run. Knows nothing of torch, so that ``--help`` is quick."""
 
-import math
+import re
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 AUTO = "auto"
+BOUNDS = {"n_clusters": (2, 10**6), "overcluster": (1, 10**6), "image_size": (4, 4096), "epochs": (1, 10**9),
+          "batch_size": (2, 10**9)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Settings:
         seed: of everything random.
         device: auto, cpu, cuda or mps.
         precision: auto, fp32 or bf16; auto is bf16 where the processor has it.
+        on_collapse: warn, stop (exit code 3), or rescue: go back to the last healthy epoch and change one thing.
+        checkpoint_every: how often an epoch under way is saved, e.g. 90s, 10m, 2h; epochs are saved at their end, too.
         use_labels: learn from the labels of --labels FILE.csv, by a method that can; n_clusters is their number.
         params: further parameters of the methods, by name, or by stage and name ("sela.n_heads").
     """
@@ -44,18 +49,22 @@ class Settings:
     seed: int = 0
     device: str = AUTO
     precision: str = AUTO
+    on_collapse: str = "warn"
+    checkpoint_every: str = "10m"
     use_labels: bool = False
     params: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, low in (("n_clusters", 2), ("overcluster", 1), ("image_size", 4), ("epochs", 1), ("batch_size", 2)):
+        for name, (low, high) in BOUNDS.items():
             value = getattr(self, name)
             auto = name != "n_clusters" and value == AUTO
             if not auto and (isinstance(value, bool) or not isinstance(value, int) or value < low):
                 or_auto = "" if name == "n_clusters" else " or auto"
                 raise ValueError(f"{name} must be a whole number of at least {low}{or_auto}; got {value!r}")
+            if not auto and value > high:
+                raise ValueError(f"{name} must be at most {high}; got {value!r}")
         number = isinstance(self.lr, (int, float)) and not isinstance(self.lr, bool)
-        if self.lr != AUTO and not (number and 0 < float(self.lr) < math.inf):
+        if self.lr != AUTO and not (number and 0 < self.lr <= sys.float_info.max):  # type: ignore[operator]
             raise ValueError(f"lr must be a number above 0 or auto; got {self.lr!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
             raise ValueError(f"seed must be a whole number of at least 0; got {self.seed!r}")
@@ -63,6 +72,9 @@ class Settings:
             raise ValueError(f"precision must be auto, fp32 or bf16; got {self.precision!r}")
         if self.preset not in ("default", "paper"):
             raise ValueError(f"preset must be default or paper; got {self.preset!r}")
+        if self.on_collapse not in ("warn", "stop", "rescue"):
+            raise ValueError(f"on_collapse must be warn, stop or rescue; got {self.on_collapse!r}")
+        seconds(self.checkpoint_every)
         for name in ("method", "backbone", "device"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a name; got {getattr(self, name)!r}")
@@ -72,3 +84,16 @@ class Settings:
             raise ValueError(f"params must be an object of names and values; got {self.params!r}")
         if self.weights and self.init_from:
             raise ValueError("weights and init_from both start the backbone; give one of them")
+
+
+def seconds(duration: str) -> float:
+    """ "90s", "10m", "2h" or "45" -> seconds.
+
+    Raises:
+        ValueError: it is no such duration, or not above 0.
+    """
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smh]?)", duration) if isinstance(duration, str) else None
+    length = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]] if found else 0
+    if length <= 0:
+        raise ValueError(f"checkpoint_every must be a time above 0, such as 90s, 10m or 2h; got {duration!r}")
+    return length

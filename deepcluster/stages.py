@@ -6,7 +6,7 @@ A ``Plan`` is everything resolved; ``run`` trains it in order.
 import contextlib
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 import deepcluster.methods  # noqa: F401  (registers them)
-from deepcluster import dist
+from deepcluster import checkpoint, dist, sentinel
 from deepcluster.backbones import load_weights, make_backbone
 from deepcluster.checkpoint import State
 from deepcluster.classifier import Classifier
-from deepcluster.log import Bar
+from deepcluster.log import Bar, Metrics, logger
 from deepcluster.model import Model
 from deepcluster.recipe import Recipe, make_recipe
+from deepcluster.sentinel import Collapse
+from deepcluster.settings import seconds
 from deepcluster.store import Store
 from deepcluster.trainer import Hook, Training, fit
 
@@ -54,12 +56,15 @@ class Plan:
     shape: tuple[int, ...]  # (C, H, W) of images, (D,) of vectors
     seed: int
     bf16: bool
+    on_collapse: str = "warn"
+    checkpoint_every: str = "10m"
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "Plan":
         """Back from JSON."""
         stages = tuple(Stage(**s) for s in saved["stages"])
-        return cls(**{**{f.name: saved[f.name] for f in fields(cls)}, "stages": stages, "shape": tuple(saved["shape"])})
+        known = {f.name: saved[f.name] for f in fields(cls) if f.name in saved or f.default is MISSING}  # or older
+        return cls(**{**known, "stages": stages, "shape": tuple(saved["shape"])})
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -101,21 +106,57 @@ def run(
     """Train the stages one after another; each starts from the backbone of the one before.
 
     Checkpoints go to ``out``. ``resume`` is a checkpoint as read: stages before it are skipped. ``known`` (N,) are
-    labels the user gave to some images, -1 elsewhere, for recipes that are ``supervised``.
+    labels the user gave to some images, -1 elsewhere, for recipes that are ``supervised``. A collapse is rescued by
+    going back to the last healthy epoch, with one change more, if the plan says so.
 
     Returns:
         The model, the recipe and the state of the last stage.
     """
+    rescues: dict[int, list[str]] = {resume["stage"]: resume["rescues"]} if resume else {}
+    if out and resume and plan.on_collapse != "warn" and not (resume["step"] or resume["unhealthy"]):
+        checkpoint.keep(out / "last.pt")  # the run was killed before it could
+    while True:
+        number = resume["stage"] if resume else 0
+        if number >= len(plan.stages):
+            raise ValueError(f"the checkpoint is of stage {number + 1}, the plan has {len(plan.stages)}; start anew")
+        try:
+            return _run(plan, store, out, hooks, resume, quiet, known, rescues)
+        except _Failed as failed:
+            made = rescues.setdefault(failed.stage, [])
+            change = sentinel.change(failed.cause, made)
+            if plan.on_collapse != "rescue" or out is None or change is None:
+                raise failed.cause from None
+            made.append(change)
+            dist.barrier()  # so that no rank reads while rank 0 writes
+            resume = checkpoint.read(out / "healthy.pt") if (out / "healthy.pt").exists() else None
+            stage, epoch = (resume["stage"], resume["epoch"]) if resume else (0, 0)
+            logger.warning("rescue %d of %d: %s; back to epoch %d of stage %d, and on with %s", len(made),
+                           sentinel.RESCUES, failed.cause, epoch, stage + 1, sentinel.CHANGES[change])  # fmt: skip
+            for hook in hooks:
+                if isinstance(hook, Metrics):
+                    hook.rewind(stage if resume else -1, epoch)
+
+
+class _Failed(Exception):
+    """A stage failed in a way that may be rescued."""
+
+    def __init__(self, stage: int, cause: Collapse | FloatingPointError):
+        super().__init__(str(cause))
+        self.stage, self.cause = stage, cause
+
+
+def _run(
+    plan: Plan, store: Store, out: Path | None, hooks: Sequence[Hook], resume: dict | None, quiet: bool,
+    known: Tensor | None, rescues: dict[int, list[str]],
+) -> tuple[Model, Recipe, State]:  # fmt: skip
     torch.manual_seed(dist.epoch_seed(plan.seed, 0))
     start = replace(plan, weights=None, init_from=None) if resume else plan
     backbone, dim = starting_point(start, *store.statistics)
     best: nn.Module = nn.Identity()  # what a stage that continues begins with
     first = resume["stage"] if resume else 0
-    if first >= len(plan.stages):
-        raise ValueError(f"the checkpoint is of stage {first + 1}, the plan has {len(plan.stages)}; start anew")
     for number, stage in enumerate(plan.stages):
-        recipe = stage.recipe()
-        seed = dist.epoch_seed(plan.seed, 1_000_000 * (number + 1))
+        recipe, changes = stage.recipe(), rescues.get(number, [])
+        seed = dist.epoch_seed(plan.seed, 1_000_000 * (number + 1) + 100_000 * changes.count("seed"))
         torch.manual_seed(seed)
         model = Model(backbone, dim, recipe.heads, recipe.head)
         if recipe.continues:
@@ -125,13 +166,17 @@ def run(
         if number < first:
             continue
         training = Training(
-            stage.epochs, stage.batch_size, stage.lr, stage.momentum, stage.weight_decay,
-            seed=seed, bf16=plan.bf16, stage=number, out=out,
+            stage.epochs, stage.batch_size, stage.lr / 10 ** changes.count("lr"), stage.momentum, stage.weight_decay,
+            seed=seed, bf16=plan.bf16, stage=number, out=out, checkpoint_every=seconds(plan.checkpoint_every),
+            keep_healthy=plan.on_collapse != "warn", rescues=tuple(changes),
         )  # fmt: skip
         saved = resume if number == first else None
         n_steps = len(store) // stage.batch_size
-        done = saved["epoch"] * n_steps if saved else 0
+        done = saved["epoch"] * n_steps + saved["step"] if saved else 0
         with contextlib.closing(Bar(stage.method, stage.epochs * n_steps, done, quiet)) as bar:
-            state = fit(model, store, recipe, training, [*hooks, bar.hook], bar, saved, known)
+            try:
+                state = fit(model, store, recipe, training, [*hooks, bar.hook], bar, saved, known)
+            except (Collapse, FloatingPointError) as error:
+                raise _Failed(number, error) from error
             best = model.heads[state.reported(recipe.rivals)]
     return model, recipe, state

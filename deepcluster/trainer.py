@@ -18,14 +18,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from deepcluster import checkpoint, dist
+from deepcluster import checkpoint, dist, networks
 from deepcluster.batches import Batch, steps, train_batches
-from deepcluster.checkpoint import State
+from deepcluster.checkpoint import Saver, State
 from deepcluster.features import extract
+from deepcluster.health import Health, examine, flat_loss
 from deepcluster.model import Model
-from deepcluster.recipe import Clock, Recipe, Targets
+from deepcluster.recipe import Clock, Recipe, Targets, reset_heads
 from deepcluster.store import Store
 
 
@@ -39,10 +39,13 @@ class Training:
         lr: highest learning rate; rises for ``warmup`` (a share of training) and falls to 0 along a cosine.
         momentum: of SGD; None means AdamW.
         weight_decay: of every parameter.
-        seed: an epoch depends on it and on its number only.
+        seed: an epoch depends on it and on its number only, a step on its own number, too.
         bf16: compute in bfloat16.
         stage: position in the plan, kept in the checkpoint.
         out: where checkpoints are written, if anywhere.
+        checkpoint_every: seconds after which an epoch under way is saved.
+        keep_healthy: save every epoch that ends without a symptom, and keep the last of them for a rescue.
+        rescues: changes made after a collapse, which ``lr`` and ``seed`` have in them already.
     """
 
     epochs: int = 100
@@ -55,6 +58,9 @@ class Training:
     bf16: bool = False
     stage: int = 0
     out: Path | None = None
+    checkpoint_every: float = 600.0
+    keep_healthy: bool = False
+    rescues: tuple[str, ...] = ()
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """AdamW, or SGD if there is a momentum."""
@@ -62,6 +68,11 @@ class Training:
         if self.momentum is None:
             return torch.optim.AdamW(trained, self.lr, weight_decay=self.weight_decay, fused=True)
         return torch.optim.SGD(trained, self.lr, self.momentum, weight_decay=self.weight_decay)
+
+    def set_lr(self, optimizer: torch.optim.Optimizer, clock: Clock) -> None:
+        """Give every parameter the learning rate of this moment."""
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr_at(clock)
 
     def lr_at(self, clock: Clock) -> float:
         """Learning rate at this moment."""
@@ -77,6 +88,7 @@ class Report:
         loss: mean over heads and batches.
         seconds: since the epoch began, labelling included.
         before: (H, N) int32, what was predicted in the epoch before this one; -1 never.
+        health: what can be known of the epoch without labels.
     """
 
     clock: Clock
@@ -86,17 +98,25 @@ class Report:
     before: Tensor
     state: State
     recipe: Recipe
+    health: Health
 
 
 Hook = Callable[[Report], None]
 Progress = Callable[[Iterable[Batch]], Iterable[Batch]]
 
 
-def start(model: Model, store: Store, recipe: Recipe, training: Training, known: Tensor | None = None) -> State:
-    """The state of a stage before its first epoch.
+def start(
+    model: Model,
+    store: Store,
+    recipe: Recipe,
+    training: Training,
+    known: Tensor | None = None,
+    resume: dict | None = None,
+) -> State:
+    """The state of a stage before its first epoch, or as ``resume`` has it.
 
     Raises:
-        ValueError: the recipe learns from given labels and ``known`` has none.
+        ValueError: the recipe learns from given labels and ``known`` has none; ``resume`` is of another plan.
     """
     n, heads = len(store), len(recipe.heads)
     network = recipe.network(model).to(store.device)
@@ -106,21 +126,23 @@ def start(model: Model, store: Store, recipe: Recipe, training: Training, known:
         if known is None or bool((known < 0).all()):
             raise ValueError("this method learns from some known labels; give --labels FILE.csv --use-labels")
         targets.labels[:] = known
-    return State(model, network, training.optimizer(network), targets, unseen, torch.zeros(heads), training.stage)
+    state = State(model, network, training.optimizer(network), targets, unseen, torch.zeros(heads), training.stage)
+    if resume:
+        checkpoint.restore(resume, state, recipe.heads)
+    if resume and len(training.rescues) > len(state.rescues) and training.rescues[-1] == "seed":
+        torch.manual_seed(training.seed)
+        reset_heads(model.head_list(), state.optimizer, unseen, targets)
+    state.rescues = list(training.rescues)
+    return state
 
 
-def finish_epoch(state: State, seen: Tensor, losses: Tensor, lr: float) -> float:
-    """Put together what the ranks saw of an epoch: predictions (H, N), losses (H,), running means; returns the loss.
+def finish_epoch(state: State, lr: float) -> float:
+    """Close the epoch under way; returns its loss, the mean over heads and steps.
 
     Raises:
         FloatingPointError: the loss is no number any more; nothing was saved of this epoch.
     """
-    seen = dist.all_max(seen)
-    state.predicted = torch.where(seen >= 0, seen, state.predicted)
-    for buffer in state.network.buffers():
-        dist.from_main(buffer)
-    state.head_losses = (dist.all_sum(losses) / dist.world()).cpu()
-    state.epoch += 1
+    state.epoch_done()
     loss = state.head_losses.mean().item()
     largest = torch.stack([p.detach().abs().max() for p in state.network.parameters()]).max().item()
     if not math.isfinite(loss + largest):
@@ -143,49 +165,47 @@ def fit(
 
     ``known``: (N,) labels the user gave, -1 none; only a ``supervised`` recipe sees them.
     """
-    state = start(model, store, recipe, training, known)
-    if resume:
-        checkpoint.restore(resume, state)
-    parallel = DistributedDataParallel(state.network) if dist.world() > 1 else state.network
+    state = start(model, store, recipe, training, known, resume)
+    parallel = networks.parallel(state.network)
     n_steps = steps(len(store), training.batch_size)
 
-    for epoch in range(state.epoch, training.epochs):
-        began, before = time.perf_counter(), state.predicted
-        clock = Clock(epoch, training.epochs, steps=n_steps)
-        seed = dist.epoch_seed(training.seed, epoch)
-        torch.manual_seed(seed)  # an epoch depends on (seed, epoch) only, so resuming is exact
+    with Saver(training.out, training.checkpoint_every, training.keep_healthy) as saver:
+        for epoch in range(state.epoch, training.epochs):
+            began, before = time.perf_counter(), state.predicted
+            clock = Clock(epoch, training.epochs, state.step, n_steps)
+            seed = dist.epoch_seed(training.seed, epoch)
+            torch.manual_seed(seed)  # labelling depends on (seed, epoch) only, a step on its number, too: see below
 
-        refreshed = recipe.refresh.due(clock)
-        if refreshed:
-            model.eval()  # heads, too: labelling may neither use nor move the statistics of a batch
-            features = extract(model, store, recipe.label_views, seed=seed, bf16=training.bf16)
-            with torch.no_grad():
-                state.targets = recipe.assigner(features, model.head_list(), state.targets, seed)
-            recipe.reassign(model.head_list(), state.optimizer, features, state.targets)
+            refreshed = recipe.refresh.due(clock)
+            if refreshed and not state.step:
+                model.eval()  # heads, too: labelling may neither use nor move the statistics of a batch
+                features = extract(model, store, recipe.label_views, seed=seed, bf16=training.bf16)
+                with torch.no_grad():
+                    state.targets = recipe.assigner(features, model.head_list(), state.targets, seed)
+                recipe.reassign(model.head_list(), state.optimizer, features, state.targets)
 
-        state.network.train()
-        labels, losses = state.targets.labels.to(store.device), torch.zeros(len(recipe.heads), device=store.device)
-        seen = torch.full_like(state.predicted, -1)
-        batches = train_batches(store, state.targets, recipe, training.batch_size, seed)
-        for step, batch in enumerate(progress(batches)):
-            clock = Clock(epoch, training.epochs, step, n_steps)
-            for group in state.optimizer.param_groups:
-                group["lr"] = training.lr_at(clock)
-            with torch.autocast(store.device.type, torch.bfloat16, enabled=training.bf16):
-                logits = parallel(batch.views)
-            ids = batch.ids.to(store.device)
-            each = recipe.losses(logits, labels[:, ids], clock)
+            state.network.train()
+            labels = state.targets.labels.to(store.device)
+            batches = train_batches(store, state.targets, recipe, training.batch_size, seed, state.step)
+            for batch in saver.during(progress(batches), state):
+                clock = Clock(epoch, training.epochs, state.step, n_steps)
+                torch.manual_seed(dist.step_seed(seed, state.step))  # so resuming is exact
+                training.set_lr(state.optimizer, clock)
+                with torch.autocast(store.device.type, torch.bfloat16, enabled=training.bf16):
+                    logits = parallel(batch.views)
+                ids = batch.ids.to(store.device)
+                each = recipe.losses(logits, labels[:, ids], clock)
+                flat_loss(state, recipe, logits, labels[:, ids], clock)
 
-            state.optimizer.zero_grad(set_to_none=True)
-            each.mean().backward()
-            state.optimizer.step()
-            losses += each.detach()
-            seen[:, ids] = torch.stack([z[0].detach().argmax(1) for z in logits]).int()
+                state.optimizer.zero_grad(set_to_none=True)
+                each.mean().backward()
+                state.optimizer.step()
+                state.step_done(ids, logits, each)
 
-        mean = finish_epoch(state, seen, losses / n_steps, training.lr)
-        report = Report(clock, mean, time.perf_counter() - began, refreshed, before, state, recipe)
-        for hook in hooks:
-            hook(report)
-        if training.out:  # last: an epoch whose report was cut short is trained and reported again
-            checkpoint.save(training.out / "last.pt", state)
+            loss = finish_epoch(state, training.lr)
+            health = examine(model, store, recipe, state, clock, before, loss, training.bf16)
+            report = Report(clock, loss, time.perf_counter() - began, refreshed, before, state, recipe, health)
+            for hook in hooks:
+                hook(report)
+            saver.epoch(state, epoch + 1 == training.epochs)  # last: what was cut short is trained and reported again
     return state

@@ -32,9 +32,12 @@ def state():
     sum(z.square().sum() for z in state.model([torch.rand(4, 1, 8, 8)])).backward()
     state.optimizer.step()
     state.network.queue.copy_(torch.arange(3.0))
-    labels = (torch.arange(40).view(2, 20) % 3).int()
-    state.targets = replace(state.targets, labels=labels, partners=torch.arange(40).view(20, 2))
-    state.predicted, state.head_losses, state.epoch = labels.flip(0), torch.tensor([0.5, 0.25]), 7
+    heads = len(recipe.heads)
+    labels = (torch.arange(heads * 20).view(heads, 20) % 3).int()
+    state.targets = replace(state.targets, labels=labels, partners=torch.arange(40).view(20, 2) % 20)
+    state.predicted, state.head_losses, state.epoch = labels.flip(0), torch.arange(heads) / 4 + 0.25, 7
+    state.seen, state.losses, state.step = (labels + 1) % 3, torch.arange(heads).double() / 3, 5
+    state.flat_loss, state.unhealthy, state.rescues = 1.25, 2, ["lr", "seed"]
     return state
 
 
@@ -56,15 +59,17 @@ def test_everything_comes_back(state, tmp_path):
     checkpoint.save(path, state)
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
     other = fresh(seed=5)
-    checkpoint.restore(checkpoint.read(path), other)
+    checkpoint.restore(checkpoint.read(path), other, make_recipe("deepcluster", n_clusters=3).heads)
     for name in ("network", "optimizer"):
         assert same(getattr(other, name).state_dict(), getattr(state, name).state_dict()), name
     assert len(other.optimizer.state) == len(list(other.model.parameters()))
     assert torch.equal(other.targets.labels, state.targets.labels)
     assert torch.equal(other.targets.partners, state.targets.partners)
-    assert torch.equal(other.predicted, state.predicted)
-    assert torch.equal(other.head_losses, state.head_losses)
-    assert (other.stage, other.epoch) == (2, 7)
+    for name in ("predicted", "head_losses", "seen", "losses"):
+        assert torch.equal(getattr(other, name), getattr(state, name)), name
+        assert getattr(other, name).dtype == getattr(fresh(0), name).dtype, name
+    assert (other.stage, other.epoch, other.step, other.unhealthy) == (2, 7, 5, 2)
+    assert (other.flat_loss, other.rescues) == (1.25, ["lr", "seed"])
 
 
 def test_every_field_of_the_state_is_saved(state, tmp_path):

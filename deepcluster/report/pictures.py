@@ -122,10 +122,11 @@ def _side_by_side(tiles: np.ndarray, columns: int) -> np.ndarray:
 
 def _warm(values: np.ndarray) -> np.ndarray:
     """(s, s) in [0, 1] -> (s, s, 4) uint8: the larger the lighter, the warmer and the less transparent."""
-    at = values.clip(0, 1) * (len(WARM) - 1)
+    values = np.nan_to_num(values).clip(0, 1)  # a damaged network gives no numbers
+    at = values * (len(WARM) - 1)
     low = np.minimum(at.astype(int), len(WARM) - 2)
     colour = WARM[low] + (at - low)[..., None] * (WARM[low + 1] - WARM[low])
-    return np.concatenate([colour, 40 + 160 * values.clip(0, 1)[..., None]], 2).astype(np.uint8)
+    return np.concatenate([colour, 40 + 160 * values[..., None]], 2).astype(np.uint8)
 
 
 def address(pixels: np.ndarray, quality: int | None) -> str:

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# A run on several machines of a SLURM cluster: sbatch scripts/slurm.sh photos/ --out runs/a --n-clusters 20
+#
+# One torchrun a node starts one process a GPU. The images, RUN and the cache of decoded images have to be on a disk that
+# all nodes see (set DEEPCLUSTER_CACHE for the last, or let every node keep its own on a local disk: also right).
+# When the time is over, SLURM sends SIGTERM: every process stops after the same step, the run is saved, and this script
+# queues itself again, going on with --resume. A process that dies is started again by torchrun, up to three times.
+#SBATCH --job-name=deepcluster
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=32
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@120
+#SBATCH --requeue
+set -euo pipefail
+
+run= previous=
+for word in "$@"; do
+    [[ $previous == --out || $previous == --resume ]] && run=$word
+    previous=$word
+done
+[[ -n $run ]] || { echo "usage: sbatch $0 SOURCE --out RUN [options of deepcluster fit]" >&2; exit 2; }
+if [[ ${SLURM_RESTART_COUNT:-0} -gt 0 && -f $run/config.json ]]; then
+    set -- --resume "$run"
+fi
+
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / ${SLURM_GPUS_ON_NODE:-1}))
+status=0
+srun --kill-on-bad-exit=1 torchrun --nnodes="$SLURM_NNODES" --nproc-per-node="${SLURM_GPUS_ON_NODE:-1}" \
+    --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$head:29500" --max-restarts=3 \
+    -m deepcluster fit "$@" || status=$?
+
+if [[ $status -ne 0 && -f $run/checkpoints/last.pt && ! -f $run/report.html ]]; then
+    scontrol requeue "$SLURM_JOB_ID" # saved, not finished
+fi
+exit $status
