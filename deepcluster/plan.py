@@ -196,8 +196,12 @@ def _unlabelled(run: str) -> None:
     Raises:
         ValueError: it did.
     """
-    config = Path(run) / "config.json"
-    if config.exists() and json.loads(config.read_text(encoding="utf-8")).get("data", {}).get("use_labels"):
+    file = Path(run) / "config.json"
+    try:
+        learnt = file.exists() and json.loads(file.read_text(encoding="utf-8"))["data"].get("use_labels")
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
+        raise ValueError(f"cannot read {file}: it is damaged; give --init-from another run") from None
+    if learnt:
         raise ValueError(
             f"{run} learnt from labels (--use-labels), which would enter this run and its scores unsaid; "
             "give --init-from a run without them"

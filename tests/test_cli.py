@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from deepcluster import checkpoint, plan, results
@@ -366,6 +367,13 @@ def test_a_full_disk(folder, capsys, share):
         else:
             assert fit("photos", out="disk/run") == 0
         same_results("disk/run", "whole")
+
+
+@pytest.mark.parametrize("hungry", [lambda *_: torch.empty(10**15), lambda *_: bytearray(10**18)])
+def test_out_of_memory(folder, capsys, monkeypatch, hungry):
+    monkeypatch.setattr(checkpoint, "save", hungry)
+    assert fit("photos") == 2
+    assert "error: out of memory; a smaller --batch-size or --image-size" in capsys.readouterr().err
 
 
 # --- resume ---

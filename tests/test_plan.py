@@ -233,6 +233,13 @@ def test_a_papers_batch_is_as_large_as_the_number_of_clusters_needs():
     assert [s.batch_size for s in made.stages] == [1024, 200]
 
 
+@pytest.mark.parametrize("damage", ["[]", "{}", '{"data": 1}', "{", "[" * 100_000])
+def test_a_damaged_run_is_no_start(tmp_path, damage):
+    (tmp_path / "config.json").write_text(damage)
+    with pytest.raises(ValueError, match=r"config.json: it is damaged; give --init-from another run"):
+        resolve(Settings(method="sela", init_from=str(tmp_path)), 100, (1, 16, 16), CPU)
+
+
 def test_a_run_that_learnt_from_labels_is_no_start_for_one_without(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"data": {"use_labels": True}}))
     with pytest.raises(ValueError, match=r"learnt from labels .* give --init-from a run without them"):
