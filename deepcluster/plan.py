@@ -288,15 +288,5 @@ def asked(plan: Plan) -> dict[str, Any]:
     }
 
 
-__all__ = [
-    "Plan",
-    "Settings",
-    "Stage",
-    "asked",
-    "check",
-    "choose_size",
-    "image_size",
-    "resolve",
-    "run",
-    "starting_point",
-]
+__all__ = ["Plan", "Settings", "Stage", "asked", "check", "choose_size", "image_size", "resolve", "run",
+           "starting_point"]  # fmt: skip
