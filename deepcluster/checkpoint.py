@@ -266,6 +266,8 @@ class Saver:
 
     def _save(self, state: State) -> None:
         assert self.path
+        if not bool(state.losses.isfinite().all()):
+            return  # the end of the epoch will say so
         began = time.monotonic()
         whole = copy.copy(state)
         whole.losses = dist.all_sum(state.losses) / dist.world()

@@ -19,7 +19,7 @@ from deepcluster.model import Model
 from deepcluster.recipe import Clock, Recipe
 from deepcluster.store import Store
 
-LOOKED_AT = 256  # images whose features are measured
+LOOKED_AT = 128  # images whose features are measured: some milliseconds an epoch
 SAME = 1e-10  # a variance below this part of the mean square is rounding
 ONE = 0.95  # share of the images in one cluster that is too much
 STUCK = 0.98  # of the loss of a network that tells no image from another
