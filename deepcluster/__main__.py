@@ -63,6 +63,11 @@ def main(argv: list[str] | None = None) -> int:
             todo = "a smaller --batch-size or --image-size, or a smaller --backbone, needs less"
             print(f"deepcluster: error: out of memory; {todo}; {_how_to_go_on(args)}", file=sys.stderr)
             return 2
+        if "RANK" in os.environ and any(word in str(error) for word in ("gloo", "NCCL", "onnection ")):
+            print(
+                f"deepcluster: error: another process ended: see what it said; {_how_to_go_on(args)}", file=sys.stderr
+            )
+            return 1
         what = f"{type(error).__name__}: {visible(' '.join(str(error).split()))}"
         print(f"deepcluster: internal error: {what}; please report it with the output of --debug", file=sys.stderr)
         return 1

@@ -26,8 +26,8 @@ LINKED = ("model", "checkpoints", "train.log")  # of a run: written to, so a lin
 whole, number, none, words = (int,), (int, float), (type(None),), (str,)
 DATA: dict[str, tuple[type, ...]] = {
     "source": words, "data_root": words + none, "labels": words, "size": (list,), "cwd": words, "n_images": whole,
-    "content": words, "signature": words, "use_labels": (bool,), "n_labelled": whole, "labels_sha1": words,
-    "feature_names": (list,),
+    "content": words, "signature": words, "launch": words, "use_labels": (bool,), "n_labelled": whole,
+    "labels_sha1": words, "feature_names": (list,),
 }  # fmt: skip
 PLAN: dict[str, tuple[type, ...]] = {
     "stages": (list,), "n_clusters": whole, "backbone": words, "weights": words + none, "init_from": words + none,

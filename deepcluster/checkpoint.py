@@ -71,10 +71,11 @@ class State:
 
     def step_done(self, ids: Tensor, logits: Sequence[Tensor], losses: Tensor) -> None:
         """Note what heads say of every rank's images (B,) in view 0 of H tensors (V, B, K), and their losses (H,)."""
-        said = [ids, *(z[0].detach().argmax(1) for z in logits)]
-        ids, *said = dist.all_cat(torch.stack(said, 1)).unbind(1)
-        last = ~(ids[:, None] == ids).triu(1).any(1)  # of an image that is in the batch twice, on any device
-        self.seen[:, ids[last]] = torch.stack(said)[:, last].int()
+        said = dist.all_cat(torch.stack([ids, *(z[0].detach().argmax(1) for z in logits)]).T)
+        said = said[said[:, 0].argsort(stable=True)].T.contiguous()
+        ids = said[0]
+        last = torch.searchsorted(ids, ids, right=True) - 1  # of an image that is in the batch twice: alike everywhere
+        self.seen[:, ids] = said[1:, last].int()
         self.losses += losses.detach()
         self.step += 1
 
@@ -133,7 +134,8 @@ def read(path: Path) -> dict:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(saved, dict) or _KEYS - set(saved):
-            raise ValueError("it is not a checkpoint of this program")
+            ours = isinstance(saved, dict) and {"network", "optimizer", "stage", "epoch"} <= set(saved)
+            raise ValueError(f"it is not a checkpoint of this {'version of this ' if ours else ''}program")
         if wrong := [name for name, kind in _PLAIN.items() if not isinstance(saved[name], kind)]:
             raise ValueError(f"its {wrong[0]} is {saved[wrong[0]]!r}")
     except FileNotFoundError:
@@ -205,7 +207,11 @@ class Saver:
 
     def __enter__(self) -> "Saver":
         if self.path and threading.current_thread() is threading.main_thread():
-            self.previous = {number: signal.signal(number, self._signal) for number in (signal.SIGINT, signal.SIGTERM)}
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before = signal.getsignal(number)
+                if before not in (signal.SIG_IGN, None):  # ignored, or not Python's to give back
+                    self.previous[number] = before
+                    signal.signal(number, self._signal)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -1,6 +1,7 @@
 """One process or many: every helper here is a no-op when torchrun did not start us."""
 
 import os
+import platform
 from datetime import timedelta
 
 import torch
@@ -38,6 +39,14 @@ def setup(device: str = "auto") -> torch.device:
         torch.cuda.set_device(local)
         return torch.device("cuda", local)
     return chosen
+
+
+def launch() -> str | None:
+    """What tells this launch of torchrun from others, on rank 0 also after a restart; None without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    name = os.environ["TORCHELASTIC_RUN_ID"]
+    return name if name != "none" else f"{platform.node()} {os.getppid()}"  # the process that started this one
 
 
 def rank() -> int:

@@ -24,6 +24,8 @@ SAME = 1e-10  # a variance below this part of the mean square is rounding
 ONE = 0.95  # share of the images in one cluster that is too much
 STUCK = 0.98  # of the loss of a network that tells no image from another
 BEGUN = 100  # steps after which, and half of a stage, a loss has to be below that
+FEW = 10  # images a cluster that are to be expected
+CLUSTERS = ("active", "largest_share", "entropy", "effective", "nmi_previous", "ari_previous")
 
 Health = dict[str, Any]
 
@@ -51,30 +53,40 @@ def examine(
         pretext, whose heads have no clusters, also what ``metrics.health`` has, and nmi_previous and ari_previous:
         agreement with what was predicted in the epoch ``before`` (H, N), None after the first.
     """
-    found: Health = {}
-    if not recipe.pretext:
-        head = state.reported(recipe.rivals)
-        now, then = state.predicted[head].cpu().numpy(), before[head].cpu().numpy()
-        both = (now >= 0) & (then >= 0)
-        found |= metrics.health(now[now >= 0], recipe.heads[head])
-        for name, agreement in (("nmi", metrics.agreement), ("ari", metrics.ari)):
-            found[f"{name}_previous"] = agreement(now[both], then[both]) if both.any() else None
-    found |= {"rank": effective_rank(_features(model, store, bf16)), "flat_loss": state.flat_loss}
-    wrong = symptom(found, loss, recipe.heads[0], clock)
+    names = ("rank", "flat_loss") + (() if recipe.pretext else CLUSTERS)
+    figures = torch.full((len(names),), math.nan, dtype=torch.float64)
+    if dist.is_main():  # the others are told: they might round differently, and then do something else
+        measured = {"rank": effective_rank(_features(model, store, bf16)), "flat_loss": state.flat_loss}
+        if not recipe.pretext:
+            head = state.reported(recipe.rivals)
+            measured |= _clusters(state.predicted[head].cpu(), before[head].cpu(), recipe.heads[head])
+        figures = torch.tensor([measured[name] for name in names], dtype=torch.float64)
+    found: Health = dict(zip(names, dist.from_main(figures).tolist(), strict=True))
+    found |= {name: int(found[name]) for name in ("active",) if name in found}
+    found |= {name: None for name, value in found.items() if math.isnan(value)}
+    wrong = symptom(found, loss, recipe.heads[0], state.predicted.shape[1], clock)
     found["symptom"] = wrong.what if wrong else None
-    count = torch.tensor(state.unhealthy + 1 if wrong else 0)
-    state.unhealthy = int(dist.from_main(count))  # ranks may round differently
+    state.unhealthy = state.unhealthy + 1 if wrong else 0
     return found
 
 
-def symptom(health: Health, loss: float, k: int, clock: Clock) -> Symptom | None:
-    """The worst of what is wrong after an epoch, if anything, with a head of ``k`` clusters."""
+def _clusters(now: Tensor, before: Tensor, k: int) -> dict[str, float]:
+    """CLUSTERS of predictions (N,), and of those an epoch before; NaN where there are none."""
+    known, both = now[now >= 0].numpy(), (now >= 0) & (before >= 0)
+    nmi, ari = metrics.stability(now[both].numpy(), before[both].numpy(), k) if both.any() else (math.nan, math.nan)
+    return {**metrics.health(known, k), "nmi_previous": nmi, "ari_previous": ari}
+
+
+def symptom(health: Health, loss: float, k: int, n: int, clock: Clock) -> Symptom | None:
+    """The worst of what is wrong after an epoch, if anything, with a head of ``k`` clusters for ``n`` images."""
     if health["rank"] == 0:
         return Symptom(
             "all images have the same features",
             "lower --lr, try another --backbone, or look whether the images differ at all",
             "lr",
         )
+    epochs = clock.epoch + 1
+    half = epochs >= clock.epochs / 2
     if (active := health.get("active")) is not None:
         share, other = health["largest_share"], "try another --seed or --method, or train longer"
         if active == 1:
@@ -82,12 +94,12 @@ def symptom(health: Health, loss: float, k: int, clock: Clock) -> Symptom | None
         if share >= ONE:
             what = f"{share:.0%} of the images are in one cluster"
             return Symptom(what, f"unless they are all alike, {other}", "seed")
-        if active < k / 2:
+        if half and active < min(k, n / FEW) / 2:  # of many clusters some come late
             return Symptom(
                 f"only {active} of {k} clusters hold images", f"ask for fewer with --n-clusters, or {other}", "seed"
             )
-    flat, epochs = health["flat_loss"], clock.epoch + 1
-    begun = epochs * clock.steps >= BEGUN and epochs >= clock.epochs / 2
+    flat = health["flat_loss"]
+    begun = half and epochs * clock.steps >= BEGUN
     if begun and flat > 0.9 * math.log(2) and loss > STUCK * flat:  # a flat loss of 0 or less need not be the worst
         return Symptom(
             f"the loss is {loss:.3f}, nearly what it is when all images look the same ({flat:.3f})",

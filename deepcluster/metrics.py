@@ -182,6 +182,25 @@ def agreement(new: Any, old: Any) -> float:
     return nmi(new, old)
 
 
+def stability(new: np.ndarray, old: np.ndarray, k: int) -> tuple[float, float]:
+    """NMI and ARI of two labelings (N,) with ids below ``k``, as ``nmi`` and ``ari``, for any number of clusters.
+
+    Only pairs that occur are counted: memory is that of N, not of K x K, and time that of sorting N numbers.
+    """
+    n = len(new)
+    pairs, counts = np.unique(new.astype(np.int64) * k + old, return_counts=True)
+    a, b = np.bincount(new, minlength=k), np.bincount(old, minlength=k)
+    if len(pairs) == np.count_nonzero(a) == np.count_nonzero(b):
+        return 1.0, 1.0
+    ratio = counts * (n / a[pairs // k] / b[pairs % k])
+    mean = (_entropy(a) + _entropy(b)) / 2
+    shared = float((counts / n * np.log(ratio)).sum())
+    both, one, other = (float((c * (c - 1.0) / 2).sum()) for c in (counts, a, b))
+    everything = n * (n - 1.0) / 2
+    rand = 2 * (both * everything - one * other) / ((one + other) * everything - 2 * one * other)
+    return min(max(shared / mean, 0.0), 1.0) if mean else 0.0, rand
+
+
 def health(labels: Any, n_clusters: int) -> dict[str, float | int]:
     """Whether a clustering is collapsing, judged without true labels and over assigned images only.
 

@@ -5,6 +5,7 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,8 +33,9 @@ FILES = ("config.json", "env.json", "metrics.jsonl", "train.log", "assignments.p
          "checkpoints/healthy.pt", "checkpoints/healthy.tmp", "model/model.safetensors", "model/config.json",
          "model/names.json", "model/edits.safetensors", "map.npz")  # fmt: skip
 
-FIRST = {f"{name}{end}" for name in ("train.log", "env.json", "skipped.csv", "config.json") for end in ("", ".tmp")}
-FIRST -= {"config.json"}  # what is written before it, without which there is no run
+LOCK = ".lock"
+FIRST = {LOCK, "train.log", "env.json", "env.json.tmp", "skipped.csv", "skipped.csv.tmp", "config.json.tmp"}  # what is
+# written before config.json, without which there is no run
 
 
 def within(path: str | os.PathLike, folder: Path) -> bool:
@@ -79,38 +81,43 @@ def check(out: Path, overwrite: bool, reads: Mapping[str, str | os.PathLike] | N
     taken = [name for name in FILES if (out / name).exists()]
     if taken and not run:
         raise ValueError(f"{out} holds {taken[0]} but no run, so it is not overwritten; give another --out")
-    if not mine:
+    if not mine and (out / LOCK).exists():
         with locked(out, shared=True):
             pass
 
 
 @contextlib.contextmanager
-def locked(out: Path, shared: bool = False) -> Iterator[None]:
-    """Only one process at a time may train in a run directory, which is made if need be; ``shared``: look only.
+def locked(out: Path, shared: bool = False, patience: float = 0.5) -> Iterator[None]:
+    """Only one process at a time may write to a run directory, which is made if need be; ``shared``: look only.
 
     The lock is the system's: it ends with the process, however that ends.
 
     Raises:
-        ValueError: another process has it.
+        ValueError: another process has it, and has not given it back in ``patience`` seconds.
     """
     out.mkdir(parents=True, exist_ok=True)
-    folder = os.open(out, os.O_RDONLY)
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # to write: network disks lock nothing else
+    file = os.open(out / LOCK, flags, 0o666)  # never removed: all have to lock the same one
     try:
-        for left in reversed(range(10 if fcntl else 0)):  # somebody may only look
-            try:
-                fcntl.flock(folder, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if left:
-                    time.sleep(0.05)
-                    continue
-                raise ValueError(f"another process is at work in {out}; wait for it, or give another --out") from None
-            except OSError:  # some network disks have no locks
-                break
-            else:
-                break
+        until = time.monotonic() + patience
+        while fcntl and not _lock(file, shared):
+            if time.monotonic() > until:
+                raise ValueError(f"another process is at work in {out}; wait for it, or give another --out")
+            time.sleep(0.02)
         yield
     finally:
-        os.close(folder)
+        os.close(file)
+
+
+def _lock(file: int, shared: bool) -> bool:
+    """Whether there is nobody to wait for."""
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        logging.getLogger("deepcluster").warning("no locks here (%s): let no other process write there", error.strerror)
+    return True
 
 
 def prepare(out: Path) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,6 @@ import torch.nn.functional as F
 from deepcluster import atomic, edits, oddities, outputs
 from deepcluster.classifier import Classifier
 from deepcluster.edits import Step
-
-try:
-    import fcntl
-except ImportError:  # Windows: nobody waits
-    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger("deepcluster")
 REPRESENTATIVES = 9  # images a cluster is shown by
@@ -153,17 +147,11 @@ def editing(run: Path, classifier: Classifier) -> Iterator[None]:
     Raises:
         ValueError: somebody else made an edit since the classifier was read.
     """
-    folder = os.open(run, os.O_RDONLY)
-    try:
-        if fcntl:
-            with contextlib.suppress(OSError):  # some network disks have no locks
-                fcntl.flock(folder, fcntl.LOCK_EX)
+    with outputs.locked(run, patience=30):
         kept = run / "model" / "edits.safetensors"
         if _log(edits.unpack(kept)[1] if kept.exists() else []) != _log(classifier.steps):
             raise ValueError(f"the clusters of {run} were edited meanwhile; look at them, then do it again")
         yield
-    finally:
-        os.close(folder)
 
 
 def mended(run: Path, table: pa.Table, classifier: Classifier) -> pa.Table:

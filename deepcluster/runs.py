@@ -93,6 +93,7 @@ def begin(settings: Settings, X: Any, job: Job, y: Any = None, hooks: tuple[Call
                 "signature": source.signature}  # fmt: skip
         data |= known.facts if known else {}
         data |= {"feature_names": list(job.columns)} if job.columns is not None else {}
+        data |= {"launch": launch} if (launch := dist.launch()) else {}
         if out and again and _same(out, plan, data):  # torchrun started the command anew after a process had died
             return _go_on(out, plan, data, store, job, evaluate.of_rows(true, store.rows), known, record, hooks)
         if out and dist.is_main():
@@ -127,15 +128,19 @@ def resume(job: Job, device: str, labels: str | None = None, **instead: Any) -> 
         if outputs.content(store) != data["content"]:
             raise ValueError(f"{data['source']} has other images than when {out} began ({len(store)} now, "
                              f"{data['n_images']} then); start anew with --overwrite")  # fmt: skip
+        if instead and dist.is_main():
+            with outputs.locked(out):
+                atomic.write_json(out / "config.json", {**config, "plan": plan.to_dict()})
         return _go_on(out, plan, data, store, job, evaluate.of_rows(true, store.rows), known, record)
 
 
 def _same(out: Path, plan: Plan, data: dict[str, Any]) -> bool:
-    """Whether the run in ``out`` has this plan and these images; rank 0 decides."""
+    """Whether the run in ``out`` was begun by this launch of torchrun, with this plan and images; rank 0 decides."""
     same = False
     if dist.is_main() and (out / "config.json").exists():
         config = outputs.read_config(out)
-        same = config["plan"] == plan and config["data"]["content"] == data["content"]
+        told = [(data.get(name), config["data"].get(name)) for name in ("launch", "content")]
+        same = "launch" in data and config["plan"] == plan and all(mine == other for mine, other in told)
     return bool(dist.from_main(torch.tensor(float(same))))
 
 

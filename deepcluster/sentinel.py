@@ -10,7 +10,7 @@ from deepcluster.trainer import Report
 logger = logging.getLogger("deepcluster")
 PATIENCE = 3  # epochs in a row with a symptom; the last of a stage is enough
 EARLY = 0.2  # share of a stage in which a network may still be finding its way
-CHANGES = {"lr": "a tenth of the learning rate", "seed": "another seed and new heads"}
+CHANGES = {"lr": "a tenth of the learning rate", "seed": "another seed"}
 RESCUES = 3  # of a stage
 
 
@@ -45,7 +45,7 @@ class Sentinel:
             Collapse: it is certain, and the policy is not to warn only.
         """
         clock, state = report.clock, report.state
-        wrong = health.symptom(report.health, report.loss, report.recipe.heads[0], clock)
+        wrong = health.symptom(report.health, report.loss, report.recipe.heads[0], state.predicted.shape[1], clock)
         done = (clock.epoch + 1) / clock.epochs
         if wrong and (done == 1 or (state.unhealthy >= PATIENCE and done >= EARLY)):
             where = f"in epoch {clock.epoch + 1} of {clock.epochs} of stage {state.stage + 1}"

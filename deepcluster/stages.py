@@ -113,8 +113,9 @@ def run(
         The model, the recipe and the state of the last stage.
     """
     rescues: dict[int, list[str]] = {resume["stage"]: resume["rescues"]} if resume else {}
-    if out and resume and plan.on_collapse != "warn" and not (resume["step"] or resume["unhealthy"]):
-        checkpoint.keep(out / "last.pt")  # the run was killed before it could
+    careful = plan.on_collapse != "warn" and resume and not resume["unhealthy"]
+    if out and careful and not (resume["step"] and (out / "healthy.pt").exists()):
+        checkpoint.keep(out / "last.pt")  # the run was killed before it could, or did not have to until now
     while True:
         number = resume["stage"] if resume else 0
         if number >= len(plan.stages):

@@ -25,7 +25,7 @@ from deepcluster.checkpoint import Saver, State
 from deepcluster.features import extract
 from deepcluster.health import Health, examine, flat_loss
 from deepcluster.model import Model
-from deepcluster.recipe import Clock, Recipe, Targets, reset_heads
+from deepcluster.recipe import Clock, Recipe, Targets
 from deepcluster.store import Store
 
 
@@ -129,9 +129,6 @@ def start(
     state = State(model, network, training.optimizer(network), targets, unseen, torch.zeros(heads), training.stage)
     if resume:
         checkpoint.restore(resume, state, recipe.heads)
-    if resume and len(training.rescues) > len(state.rescues) and training.rescues[-1] == "seed":
-        torch.manual_seed(training.seed)
-        reset_heads(model.head_list(), state.optimizer, unseen, targets)
     state.rescues = list(training.rescues)
     return state
 

@@ -3,15 +3,16 @@
 #
 # One torchrun a node starts one process a GPU. The images, RUN and the cache of decoded images have to be on a disk that
 # all nodes see (set DEEPCLUSTER_CACHE for the last, or let every node keep its own on a local disk: also right).
-# When the time is over, SLURM sends SIGTERM: every process stops after the same step, the run is saved, and this script
-# queues itself again, going on with --resume. A process that dies is started again by torchrun, up to three times.
+# Two minutes before the time is over SLURM sends SIGTERM to this script, which passes it on: every process stops after
+# the same step, the run is saved, and the job is queued again and goes on with --resume. Nothing else queues it again:
+# a process that dies is started again by torchrun, up to three times; a run that stops itself stays stopped.
 #SBATCH --job-name=deepcluster
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=4
 #SBATCH --cpus-per-task=32
 #SBATCH --time=24:00:00
-#SBATCH --signal=TERM@120
+#SBATCH --signal=B:TERM@120
 #SBATCH --requeue
 set -euo pipefail
 
@@ -27,12 +28,14 @@ fi
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / ${SLURM_GPUS_ON_NODE:-1}))
-status=0
 srun --kill-on-bad-exit=1 torchrun --nnodes="$SLURM_NNODES" --nproc-per-node="${SLURM_GPUS_ON_NODE:-1}" \
-    --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$head:29500" --max-restarts=3 \
-    -m deepcluster fit "$@" || status=$?
-
-if [[ $status -ne 0 && -f $run/checkpoints/last.pt && ! -f $run/report.html ]]; then
-    scontrol requeue "$SLURM_JOB_ID" # saved, not finished
+    --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" --rdzv-endpoint="$head:29500" \
+    --max-restarts=3 -m deepcluster fit "$@" &
+step=$! stopped= status=0
+trap 'stopped=1; kill -TERM "$step"' TERM
+wait "$step" || status=$?
+if [[ -n $stopped ]]; then # that wait ended with the signal; this one ends when the run is saved
+    wait "$step" || status=$?
+    [[ ! -f $run/report.html ]] && scontrol requeue "$SLURM_JOB_ID"
 fi
 exit $status

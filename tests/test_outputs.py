@@ -31,7 +31,7 @@ QUICK = [
 ]
 FILES = {"config.json", "env.json", "metrics.jsonl", "train.log", "checkpoints/last.pt", "model/model.safetensors",
          "model/config.json", "model/names.json", "assignments.parquet", "features.npy", "clusters.parquet",
-         "skipped.csv", "report.html", "map.npz"}  # fmt: skip
+         "skipped.csv", "report.html", "map.npz", ".lock"}  # fmt: skip
 COLUMNS = ["path", "sha1", "cluster", "name", "probability", "second", "margin", "distance", "is_outlier",
            "is_representative", "is_junk", "look", "reason", "duplicate_of"]  # fmt: skip
 N = 24

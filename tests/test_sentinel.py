@@ -344,8 +344,9 @@ def test_a_rescue_needs_a_place_to_go_back_to():
 def test_metrics_have_each_epoch_once_after_a_rescue(tmp_path, monkeypatch):
     bad = health.symptom
 
-    def planted(found, loss, k, clock):
-        return health.Symptom("planted", "x", "lr") if clock.epoch >= 1 and not changed else bad(found, loss, k, clock)
+    def planted(found, loss, k, n, clock):
+        now = clock.epoch >= 1 and not changed
+        return health.Symptom("planted", "x", "lr") if now else bad(found, loss, k, n, clock)
 
     changed: list[bool] = []
     start = stages.fit
