@@ -113,8 +113,7 @@ def run(
         The model, the recipe and the state of the last stage.
     """
     rescues: dict[int, list[str]] = {resume["stage"]: resume["rescues"]} if resume else {}
-    careful = plan.on_collapse != "warn" and resume and not resume["unhealthy"]
-    if out and careful and not (resume["step"] and (out / "healthy.pt").exists()):
+    if out and resume and plan.on_collapse != "warn" and _healthy(resume, out):
         checkpoint.keep(out / "last.pt")  # the run was killed before it could, or did not have to until now
     while True:
         number = resume["stage"] if resume else 0
@@ -136,6 +135,11 @@ def run(
             for hook in hooks:
                 if isinstance(hook, Metrics):
                     hook.rewind(stage if resume else -1, epoch)
+
+
+def _healthy(resume: dict, out: Path) -> bool:
+    """Whether a checkpoint is of the end of a healthy epoch, or of within one where there is no better."""
+    return not resume["unhealthy"] and not (resume["step"] and (out / "healthy.pt").exists())
 
 
 class _Failed(Exception):
