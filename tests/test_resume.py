@@ -142,6 +142,16 @@ def test_a_signal_while_an_epoch_is_reported_ends_it(tmp_path):
     assert (saved["epoch"], saved["step"]) == (2, 0)
 
 
+def test_an_ignored_signal_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a job that a shell runs in the background
+    try:
+        with Saver(tmp_path):
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_without_a_run_directory_signals_are_left_alone():
     recipe, seen = recipe_of("iic"), []
     train(recipe, TRAINING, hooks=[lambda report: seen.append(signal.getsignal(signal.SIGTERM))])

@@ -1,5 +1,6 @@
 """``deepcluster fit`` that is stopped or killed, and ``fit --resume``: in process, and in processes that are killed."""
 
+import json
 import os
 import signal
 import subprocess
@@ -153,6 +154,26 @@ def test_a_run_whose_removal_was_cut_short_can_still_be_overwritten(tmp_path, mo
             with pytest.raises(Crash):
                 outputs.prepare(tmp_path)
         outputs.check(tmp_path, overwrite=True)
+
+
+def test_what_is_changed_on_going_on_stays_so(home, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["fit", "photos", *QUICK, "sela", "--epochs", "1", "--out", str(run)]) == 0
+    assert main(["fit", "--resume", str(run), "--on-collapse", "rescue", "--checkpoint-every", "7m", "--quiet"]) == 0
+    plan = json.loads((run / "config.json").read_text())["plan"]
+    assert (plan["on_collapse"], plan["checkpoint_every"]) == ("rescue", "7m")
+    assert main(["fit", "--resume", str(run), "--on-collapse", "perhaps"]) == 2
+    assert "on_collapse must be warn, stop or rescue" in capsys.readouterr().err
+
+
+def test_no_locks_is_said(home, tmp_path, monkeypatch, caplog):
+    def refused(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(outputs.fcntl, "flock", refused)
+    with outputs.locked(tmp_path / "run"):
+        pass
+    assert "no locks here (No locks available)" in caplog.text
 
 
 # --- real processes ---

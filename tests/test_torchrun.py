@@ -141,16 +141,26 @@ def test_a_rank_that_is_killed_at_once_is_started_again(place, runs):
     same_bits(place / "two", place / "early")
 
 
-def test_a_restart_never_takes_over_the_run_of_another_plan(place, runs, tmp_path, monkeypatch):
-    """What is there is another run: a restarted command is refused as a first one would be."""
+@pytest.mark.parametrize("other", [["--seed", "5"], []])
+def test_a_restart_never_takes_over_a_run_of_another_launch(place, runs, other, monkeypatch):
+    """Whatever its plan is: a restarted command is refused as a first one would be."""
     before = (place / "one/config.json").read_bytes()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     env = os.environ | {"OMP_NUM_THREADS": "1", "DEEPCLUSTER_CACHE": str(place / "cache")}
-    args = [*command(1, "images.npy", "--out", "one", *PLAN), "--seed", "5"]
+    args = [*command(1, "images.npy", "--out", "one", *PLAN), *other]
     done = subprocess.run(args, cwd=place, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "one is not empty; give another --out" in done.stderr
     assert (place / "one/config.json").read_bytes() == before
+
+
+def test_who_is_left_does_not_take_the_blame(place, runs):
+    process = started(place, 2, "images.npy", "--out", "left", *PLAN)
+    wait_for(process, lambda: steps_done(place / "left") >= 2)
+    os.kill(workers(process)[0], signal.SIGKILL)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "internal error" not in err
 
 
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
