@@ -103,7 +103,7 @@ def test_ranks_that_would_measure_differently_agree(tmp_path):
 
 
 def disagree(rank, port, folder):
-    join(rank, 2, port)
+    join(rank, port)
     measured = health.effective_rank
     health.effective_rank = lambda features: 0.0 if rank == 0 else measured(features)
     recipe, seen, said = make_recipe("sela", n_clusters=3), [], ""
