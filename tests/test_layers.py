@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1] / "deepcluster"
 LAYERS = [
     {"dist", "metrics", "doctor", "settings", "draws", "atomic", "checked", "terminal"},
-    {"transport", "losses", "norm", "decode", "kmeans", "views"},
+    {"transport", "losses", "norm", "decode", "kmeans", "views", "scratch"},
     {"model", "recipe", "backbones", "networks", "edits"},
     {"assign", "neighbors", "sources", "store", "methods"},
     {"batches"},

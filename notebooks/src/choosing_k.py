@@ -44,7 +44,8 @@ ids = np.unique(first)
 centres = normalize([features[first == c].mean(0) for c in ids])
 tree = linkage(centres, method="average", metric="cosine")
 inside = [np.flatnonzero(first == c) for c in ids]
-middle = [rows[np.argsort(-features[rows] @ centre)[:5]] for rows, centre in zip(inside, centres, strict=True)]
+best = [np.resize(np.argsort(-features[rows] @ centre), 5) for rows, centre in zip(inside, centres, strict=True)]
+middle = [rows[five] for rows, five in zip(inside, best, strict=True)]  # the same again where there are fewer
 
 
 def strip(rows, axis=1):
