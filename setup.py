@@ -10,7 +10,7 @@ VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "deepcluster/__init__.py")
 README = HERE / "README.md"
 
 EXTRAS = {
-    "bench": ["clustpy>=0.0.3; python_version>='3.11'", "umap-learn>=0.5.7"],
+    "bench": ["clustpy>=0.0.3; python_version>='3.11'", "umap-learn>=0.5.7", "kornia>=0.8", "lightly>=1.5"],
     "notebooks": ["nbformat>=5.9", "nbclient>=0.9", "nbconvert>=7.16", "ipykernel>=6.25", "matplotlib>=3.8"],
     "onnx": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.1"],
     "timm": ["timm>=1.0"],

@@ -11,17 +11,17 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from deepcluster import dist
 from deepcluster.kmeans import kmeans, nearest, sums, tightest
 from deepcluster.model import Head
 from deepcluster.recipe import Assigner, Targets
-from deepcluster.transport import log_scales
+from deepcluster.transport import log_scales, renamed
 
 RESTARTED = 32  # more clusters than this average out what one k-means got wrong
 CHUNK = 2**26  # logits of at most so many numbers exist at a time
+SAMPLED = 64  # rows a cluster that Sinkhorn looks at before it looks at all
 
 
 def whiten(x: Tensor, dim: int, *, floor: float = 1e-5) -> Tensor:
@@ -40,9 +40,10 @@ def whiten(x: Tensor, dim: int, *, floor: float = 1e-5) -> Tensor:
         FloatingPointError: the features are not finite.
     """
     count = dist.all_sum(torch.tensor(float(len(x)), dtype=torch.float64, device=x.device))
-    mean = dist.all_sum(x.sum(0, dtype=torch.float64)) / count
+    parts = x.split(2**16)  # or all rows would be there in float64, and centred, besides
+    mean = dist.all_sum(torch.stack([part.sum(0, dtype=torch.float64) for part in parts]).sum(0)) / count
     second = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
-    for part in x.split(2**16):
+    for part in parts:
         second += (part - mean.float()).T @ (part - mean.float())
     covariance = dist.all_sum(second).cpu() / count.cpu()
     if not covariance.isfinite().all():
@@ -52,7 +53,7 @@ def whiten(x: Tensor, dim: int, *, floor: float = 1e-5) -> Tensor:
     if len(kept) == 0:  # all rows equal: nothing to tell apart
         return torch.zeros(len(x), 1, device=x.device)
     scale = (basis[:, kept] * variance[kept].rsqrt()).float().to(x.device)
-    return F.normalize((x - mean.float()) @ scale, dim=1)
+    return torch.cat([F.normalize((part - mean.float()) @ scale, dim=1) for part in parts])
 
 
 @dataclass(frozen=True)
@@ -111,26 +112,43 @@ class Balanced:
     def __call__(self, features: Tensor, heads: Sequence[Head], previous: Targets, seed: int) -> Targets:
         labels = []
         unit = whiten(features, self.pca_dim) if bool((previous.labels < 0).all(1).any()) else features
+        scored: Head | _Cosines
         for h, head in enumerate(heads):
             if bool((previous.labels[h] >= 0).any()):
-                chunks = _logits(features, head)
+                x, scored = features, head
             else:
                 own = seed + h * self.restarts
                 _, centroids = tightest(unit, head.out_features, seed=own, restarts=self.restarts, spherical=True)
-                chunks = _logits(unit, _Cosines(centroids))
-            strength, scale = self.strength, torch.zeros(head.out_features, device=features.device)
-            if strength:
-                scale, _ = log_scales(chunks, strength, scale, iterations=self.iterations)
-            else:
-                strength = 1 / max(_spread(chunks), 1e-6)
-                for _ in range(self.doublings):
-                    scale, entropy = log_scales(chunks, strength, scale, iterations=self.iterations)
-                    if entropy < 0.1 * math.log(head.out_features):
-                        break
-                    strength, scale = 2 * strength, 2 * scale  # the same shift of the logits: a warm start
-            found = torch.cat([(strength * z.float() + scale.float()).argmax(1) for z in chunks()])
+                x, scored = unit, _Cosines(centroids)
+            chunks = _logits(x, scored)
+            strength, scale = self.scales(x, scored, chunks)
+            found = torch.cat([torch.add(scale.float(), z.float(), alpha=strength).argmax(1) for z in chunks()])
             labels.append(dist.all_cat(found.to(torch.int32)))
         return replace(previous, labels=torch.stack(labels).cpu())
+
+    def scales(
+        self, x: Tensor, head: "Head | _Cosines", chunks: Callable[[], Iterator[Tensor]]
+    ) -> tuple[float, Tensor]:
+        """The strength and the scales (K,) that balance what ``head`` says of the rows x (n, D), its logits in chunks.
+
+        Many rows are looked at after some of them, which tell most of it.
+        """
+        offset, total = dist.place(len(x), x.device)
+        step = total // max(SAMPLED * head.out_features, 2**15)
+        strength, scale = self.strength, torch.zeros(head.out_features, device=x.device)
+        if step > 1:
+            strength, scale = self._solve(_logits(x[-offset % step :: step], head), strength, scale)
+        return self._solve(chunks, strength, scale)
+
+    def _solve(self, chunks: Callable[[], Iterator[Tensor]], strength: float, scale: Tensor) -> tuple[float, Tensor]:
+        """A strength, the given one or more unless ``self.strength`` says it, and its scales (K,) float64."""
+        strength = strength or 1 / max(_spread(chunks), 1e-6)
+        for _ in range(self.doublings):
+            scale, entropy = log_scales(chunks, strength, scale, iterations=self.iterations)
+            if self.strength or entropy < 0.1 * math.log(len(scale)):
+                break
+            strength, scale = 2 * strength, 2 * scale  # the same shift of the logits: a warm start
+        return strength, scale
 
 
 @dataclass(frozen=True)
@@ -149,8 +167,9 @@ class _Cosines:
 
 def _logits(features: Tensor, head: Head | _Cosines) -> Callable[[], Iterator[Tensor]]:
     """This rank's logits in chunks: computed once where they fit, else again on every pass."""
-    parts = features.split(max(1, CHUNK // head.out_features))
-    cached = [head(parts[0])] if len(parts) == 1 else None
+    size = CHUNK if features.device.type == "cuda" else min(CHUNK, 2**20)
+    cached = [head(features)] if len(features) * head.out_features <= CHUNK else None
+    parts = features.split(max(1, size // head.out_features))
     return lambda: iter(cached) if cached else (head(part) for part in parts)
 
 
@@ -175,15 +194,8 @@ class Aligned:
         labels = new.labels.clone()
         for h, head in enumerate(heads):
             if bool((previous.labels[h] >= 0).any()):
-                labels[h] = _rename(new.labels[h].long(), previous.labels[h].long(), head.out_features)
+                labels[h] = renamed(new.labels[h].long(), previous.labels[h].long(), head.out_features)
         return replace(new, labels=labels)
-
-
-def _rename(new: Tensor, old: Tensor, k: int) -> Tensor:
-    seen = (old >= 0) & (new >= 0)
-    overlap = torch.bincount(new[seen] * k + old[seen], minlength=k * k).view(k, k)
-    _, names = linear_sum_assignment(-overlap.numpy())
-    return torch.where(new >= 0, torch.from_numpy(names)[new.clamp_min(0)], new).to(torch.int32)
 
 
 @dataclass(frozen=True)

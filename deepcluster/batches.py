@@ -83,7 +83,7 @@ def seen(store: Store, raw: Tensor, view: str, rng: torch.Generator, rows: tuple
     """What the store's rows look like through a view. The noise of vectors is in units of their own deviation."""
     if raw.ndim == 4 or view == "clean":
         return VIEWS[view](raw, rng, rows)
-    mean, std = (s.to(raw.device) for s in store.statistics)
+    mean, std = (s.to(raw.device, non_blocking=True) for s in store.statistics)
     return VIEWS[view]((raw - mean) / std, rng, rows) * std + mean
 
 

@@ -19,7 +19,7 @@ EXTRAS = {  # as in setup.py; a test compares them
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "timm": ("timm",),
     "notebooks": ("nbformat", "nbclient", "nbconvert", "ipykernel", "matplotlib"),
-    "bench": ("clustpy", "umap-learn"),
+    "bench": ("clustpy", "umap-learn", "kornia", "lightly"),
 }
 
 

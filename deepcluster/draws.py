@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+Range = tuple[float, float]
+
 
 class Draws:
     """Random numbers for rows start..start+B of a global batch of ``total``, the same however the batch is split.
@@ -23,11 +25,14 @@ class Draws:
             self.own = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=self.rng)))
         return fill(*shape, generator=self.own)
 
-    def uniform(self, low: float, high: float) -> Tensor:
-        """(B,) float32 in [low, high]; drawn only if they differ."""
-        if low == high:
-            return torch.full((self.n,), float(low))
-        return self.table(torch.rand, self.total)[self.ours] * (high - low) + low
+    def uniform(self, *ranges: Range) -> Tensor:
+        """(R, B) float32, row r in [low, high] of range r; drawn only if they differ, one row after the other."""
+        random = [row for row, (low, high) in enumerate(ranges) if low != high]
+        table = torch.zeros(len(ranges), self.n)
+        if random:
+            table[random] = self.table(torch.rand, len(random), self.total)[:, self.ours]
+        lows, spans = torch.tensor([(low, high - low) for low, high in ranges]).view(-1, 2, 1).unbind(1)
+        return table * spans + lows
 
     def chance(self, probability: float) -> Tensor:
         """(B,) bool, true with this probability; drawn only if there is a doubt."""

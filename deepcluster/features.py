@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deepcluster import dist
+from deepcluster import dist, heap, scratch
 from deepcluster.batches import eval_batches
 from deepcluster.model import Model
 from deepcluster.store import Store
 
 
+@heap.reused()
 @torch.no_grad()
 def extract(
     model: Model,
@@ -32,12 +33,16 @@ def extract(
         bf16: compute in bfloat16, store in float32.
 
     Returns:
-        (n, D) float32 on the model's device; row i belongs to image ``dist.shard(N)[0] + i``.
+        (n, D) float32 on the model's device; row i belongs to image ``dist.shard(N)[0] + i``. Many of them on the CPU
+        are mapped from a nameless file.
     """
     lo, hi = dist.shard(len(store))
     was_training = model.training
     model.eval()
-    out = torch.zeros(hi - lo, model.dim, device=store.device)
+    shape = (hi - lo, model.dim)
+    on_cpu = store.device.type == "cpu"
+    kind = torch.empty(0).numpy().dtype.type  # float32, unless somebody made float64 the default
+    out = torch.from_numpy(scratch.zeros(shape, kind)) if on_cpu else torch.zeros(shape, device=store.device)
     with torch.autocast(store.device.type, torch.bfloat16, enabled=bf16):
         for number, view in enumerate(views):
             row = 0

@@ -24,6 +24,7 @@ from deepcluster import atomic, outputs
 LANDMARKS = 2000  # images that t-SNE places
 EXACT = 20_000  # above so many images only some cells of an index are searched for neighbours
 DIRECTIONS = 64  # principal ones of the features, which that index holds: 128 bytes an image, whatever D
+SAMPLE = 2**16  # images that these are found by
 BLOCK = 8192  # rows that are normalised at a time
 NEIGHBOURS = 8
 FORMAT = 2
@@ -121,9 +122,13 @@ def _neighbours(features: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         cells, kind = min(int(4 * n**0.5), n // 64), faiss.ScalarQuantizer.QT_fp16
         kept = min(dim, DIRECTIONS)
         inner = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatL2(kept), kept, cells, kind, faiss.METRIC_L2, False)
-        index = faiss.IndexPreTransform(faiss.PCAMatrix(dim, kept), inner)
+        directions = faiss.PCAMatrix(dim, kept)
         some = features[:: n // (64 * cells)]
-        index.train(np.concatenate([_unit(some[i : i + BLOCK]) for i in range(0, len(some), BLOCK)]))
+        few = some[:: -(-len(some) // SAMPLE)]
+        directions.train(np.concatenate([_unit(few[i : i + BLOCK]) for i in range(0, len(few), BLOCK)]))
+        parts = (directions.apply(_unit(some[i : i + BLOCK])) for i in range(0, len(some), BLOCK))
+        inner.train(np.concatenate(list(parts)))
+        index = faiss.IndexPreTransform(directions, inner)
         inner.nprobe = 16
     for i in range(0, n, BLOCK):
         index.add(_unit(features[i : i + BLOCK]))

@@ -47,7 +47,8 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 def _per_row(total: Tensor, rows: Tensor | int) -> Tensor:
     """A total of this rank's ``rows``, of any shape -> what the totals of all ranks come to a row; 0 without rows."""
-    both = dist.all_sum(torch.cat([total.flatten(), torch.as_tensor(rows, device=total.device).to(total)[None]]))
+    count = rows.to(total) if isinstance(rows, Tensor) else total.new_full((), rows)  # which waits for no device
+    both = dist.all_sum(torch.cat([total.flatten(), count[None]]))
     return (both[:-1] / both[-1].clamp_min(1)).view_as(total)
 
 
@@ -122,7 +123,8 @@ def info_nce(
     filled = (queue != 0).any(1)
     stand_for = full / (len(keys) - 1 + filled.sum()).clamp_min(1)
     right = torch.arange(first, first + len(q), device=q.device)
-    scores = torch.where(F.one_hot(right, len(candidates)).bool(), scores, scores + stand_for.log())
+    own = right[:, None] == torch.arange(len(candidates), device=q.device)
+    scores = torch.where(own, scores, scores + stand_for.log())
     scores[:, len(keys) :].masked_fill_(~filled, float("-inf"))
     return _per_row(F.cross_entropy(scores, right, reduction="sum"), len(q))
 
@@ -140,8 +142,7 @@ def swapped_prediction(logits: Tensor, codes: Tensor) -> Tensor:
     log_p = logits.float().log_softmax(-1)
     with torch.autocast(logits.device.type, enabled=False):
         pairs = -_per_row(torch.einsum("abk,vbk->av", codes.float(), log_p), logits.shape[1])
-    own = torch.eye(*pairs.shape, dtype=torch.bool, device=pairs.device)
-    return pairs[~own].mean()
+    return torch.cat([part for a, row in enumerate(pairs) for part in (row[:a], row[a + 1 :])]).mean()  # not its own
 
 
 def neighbour_consistency(logits: Tensor, partners: Tensor, *, entropy_weight: float = 5.0) -> Tensor:
@@ -159,7 +160,7 @@ def neighbour_consistency(logits: Tensor, partners: Tensor, *, entropy_weight: f
         Scalar >= -entropy_weight * ln K: that when clusters are perfect and equal; 0 when all is in one.
     """
     log_p, log_q = logits.float().log_softmax(1), partners.float().log_softmax(1)
-    total = dist.all_sum(torch.cat([log_p.exp().sum(0), log_p.new_tensor([float(len(log_p))])]))
+    total = dist.all_sum(torch.cat([log_p.exp().sum(0), log_p.new_full((1,), len(log_p))]))
     mean = total[:-1] / total[-1]
     together = dist.all_sum((log_p + log_q).logsumexp(1).sum()) / total[-1]
     return -together + entropy_weight * torch.xlogy(mean, mean.clamp_min(_TINY)).sum()
@@ -225,7 +226,7 @@ def pairwise(labelling: Tensor, first: Tensor, second: Tensor, *, upper: float, 
     # the offset keeps logarithm and slope finite where the two disagree wholly, and unlike a clamp leaves a slope
     log = lambda x: ((x + _OFFSET) / (1 + _OFFSET)).log()  # noqa: E731
     each = torch.where(known == 1, log(learnt), log((1 - learnt).clamp_min(0)))
-    return -_per_row(each[known != UNLABELLED].sum(), (known != UNLABELLED).sum())
+    return -masked_mean(each, known != UNLABELLED)
 
 
 def similarities(first: Tensor, second: Tensor) -> Tensor:

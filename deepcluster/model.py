@@ -184,7 +184,8 @@ class Arranged(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         placed = self.place(self.code(features).relu()).unflatten(-1, (self.places, -1))  # (V, B, places, hidden)
-        chosen = F.one_hot(self.orders, len(features)).to(placed)  # (P, places, V)
+        numbers = torch.arange(len(features), device=features.device)
+        chosen = (self.orders[..., None] == numbers).to(placed)  # (P, places, V)
         hidden = torch.einsum("piv,vbih->pbh", chosen, placed)
         hidden = self.norm(hidden.flatten(0, 1)).view_as(hidden).relu()
         return self.out(hidden)

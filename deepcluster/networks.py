@@ -155,6 +155,8 @@ class Queued(nn.Module):
         self.batches: Tensor
         self.register_buffer("memory", torch.zeros(2, images, model.dim))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+        self.seen: int | None = None  # the same number, where it is known without waiting for the device
+        self.register_load_state_dict_post_hook(_forget)
 
     def forward(self, views: Sequence[Tensor]) -> list[Tensor]:
         """V tensors (B, C, H, W) -> H tensors (V + 2M, B, K)."""
@@ -163,10 +165,11 @@ class Queued(nn.Module):
         if not self.training:
             return logits
         new = dist.all_cat(features[:2].detach().float().transpose(0, 1).contiguous())  # (global batch, 2, D)
-        total, seen = len(new), int(self.batches)
+        total = len(new)
         kept = max(0, -(-self.images // total) - 1)
         if not kept:
             return logits
+        seen = int(self.batches) if self.seen is None else self.seen
         lo, hi = dist.shard(total)
         memory = self.memory[:, : kept * total].view(2, kept, total, -1)
         if seen >= kept:
@@ -175,7 +178,13 @@ class Queued(nn.Module):
             logits = [torch.cat([z, queued.to(z)]) for z, queued in zip(logits, old, strict=True)]
         memory[:, seen % kept] = new.transpose(0, 1)
         self.batches += 1
+        self.seen = seen + 1
         return logits
+
+
+def _forget(queued: nn.Module, keys: object) -> None:
+    """Other weights were loaded, and with them another number of batches seen."""
+    queued.seen = None  # type: ignore[assignment]
 
 
 class Adversary(nn.Module):

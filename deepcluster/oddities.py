@@ -4,8 +4,9 @@ A near copy shows the same picture after saving it anew, resizing, a change of b
 things must agree: a perceptual thumbnail (8 x 8 grey values without their mean and contrast; its nearest ones are the
 candidates), the features, and the pixels at 16 x 16.
 
-Features may be memory-mapped: at most BLOCK rows of them are held at a time. An image costs about 1.3 kB of memory
-besides, for its thumbnails and candidates, and up to 9 reads of two rows of features.
+Features may be memory-mapped: at most BLOCK rows of them are held at a time. An image costs about 0.5 kB of memory
+besides, for its candidates, 0.5 to 1 kB for its thumbnails, which of many images are on the disk (see ``scratch``), and
+up to 9 reads of two rows of features.
 
 Shapes: N images, M different ones that are compared, P pairs of them, D features, K clusters.
 """
@@ -21,6 +22,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from deepcluster import scratch
 from deepcluster.classifier import Classifier
 from deepcluster.store import Store
 
@@ -34,6 +36,7 @@ FEW = 32  # images that are too few to tell what is usual
 NEAR = 8  # nearest thumbnails of each image that are compared with it
 EXACT = 10_000  # above so many images candidates come from an index, which may miss some
 BLOCK = 2**13  # images or pairs at a time
+NUMBERS = 2**23  # of the images at a time
 PAIRS = 2**10  # pairs whose features are read at a time
 BLANK, DARK, BRIGHT = LOOKS = ("almost blank", "among the darkest 1 %", "among the brightest 1 %")
 
@@ -56,8 +59,7 @@ def duplicates(store: Store, features: np.ndarray) -> np.ndarray:
     first = _equal(store)
     if len(store.shape) == 3 and store.shape[1] >= SIDE:
         rows = np.flatnonzero(first < 0)
-        small, contrast = _small(store, rows)
-        rows, small = rows[contrast >= CONTRAST], small[torch.from_numpy(contrast >= CONTRAST)]
+        small, rows = _small(store, rows)
         near = _near(small, features, rows, UNLIKE if store.shape[1] >= SMALL else LESS)
         copies = np.flatnonzero(near >= 0)
         first[rows[copies]] = rows[near[copies]]
@@ -65,33 +67,41 @@ def duplicates(store: Store, features: np.ndarray) -> np.ndarray:
 
 
 def _blocks(store: Store, rows: np.ndarray) -> Iterator[Tensor]:
-    """The images of these rows as stored, BLOCK at a time."""
-    for start in range(0, len(rows), BLOCK):
-        yield store.take(torch.from_numpy(rows[start : start + BLOCK]))
+    """The images of these rows as stored, ``_step`` at a time."""
+    step = _step(store)
+    for start in range(0, len(rows), step):
+        yield store.take(torch.from_numpy(rows[start : start + step]))
+
+
+def _step(store: Store) -> int:
+    """How many images at a time."""
+    return max(1, min(BLOCK, NUMBERS // int(np.prod(store.shape))))
 
 
 def _equal(store: Store) -> np.ndarray:
     """(N,) the first row that is stored with the same values, -1 for the first ones; so are all of the same file."""
-    digests = [
-        hashlib.blake2b(one.data, digest_size=16).digest()
-        for part in _blocks(store, np.arange(len(store)))
-        for one in part.cpu().numpy()
-    ]
-    _, index, group = np.unique(np.array(digests, "V16"), return_index=True, return_inverse=True)
+    digests, row = np.empty(len(store), "V16"), 0
+    for part in _blocks(store, np.arange(len(store))):
+        for one in part.cpu().numpy():
+            digests[row] = hashlib.blake2b(one.data, digest_size=16).digest()
+            row += 1
+    _, index, group = np.unique(digests, return_index=True, return_inverse=True)
     first = index[group.reshape(-1)]
     return np.where(first == np.arange(len(store)), -1, first).astype(np.int64)
 
 
 def _small(store: Store, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
-    """Thumbnails (M, C, 16, 16) uint8 on the CPU, and their contrast (M,): standard deviation in grey levels."""
-    small = torch.empty(len(rows), store.shape[0], SIDE, SIDE, dtype=torch.uint8)
-    contrast = torch.empty(len(rows))
-    for i, part in enumerate(_blocks(store, rows)):
-        here = slice(i * BLOCK, i * BLOCK + len(part))
+    """Thumbnails (M, C, 16, 16) uint8 on the CPU of the M images among these that are not almost blank, and which."""
+    small = torch.from_numpy(scratch.zeros((len(rows), store.shape[0], SIDE, SIDE), np.uint8))
+    kept, m = np.empty_like(rows), 0
+    for start, part in zip(range(0, len(rows), _step(store)), _blocks(store, rows), strict=True):
         pooled = F.adaptive_avg_pool2d(part.float(), SIDE)
-        small[here] = pooled.round().byte().cpu()
-        contrast[here] = pooled.std((2, 3), correction=0).amax(1).cpu()
-    return small, contrast.numpy()
+        good = pooled.std((2, 3), correction=0).amax(1).cpu() >= CONTRAST
+        count = int(good.sum())
+        small[m : m + count] = pooled.round().byte().cpu()[good]
+        kept[m : m + count] = rows[start : start + len(part)][good.numpy()]
+        m += count
+    return small[:m], kept[:m]
 
 
 def _near(small: Tensor, features: np.ndarray, rows: np.ndarray, limit: float) -> np.ndarray:
@@ -100,35 +110,47 @@ def _near(small: Tensor, features: np.ndarray, rows: np.ndarray, limit: float) -
     first = np.full(m, -1, np.int64)
     if m < 2:
         return first
-    tiny = torch.cat([_tiny(part) for part in small.split(BLOCK)])
+    tiny = torch.from_numpy(scratch.zeros((m, 64), np.float32))
+    for part, here in zip(small.split(BLOCK), tiny.split(BLOCK), strict=True):
+        here.copy_(_tiny(part))
     found = _nearest(tiny, min(NEAR + 1, m))
     limit = min(limit, max(SAME, _ordinary(small, found)))
     farthest = CLOSE * _usual(features, rows) + 1e-6
 
     def close(pairs: np.ndarray) -> np.ndarray:
-        good = [np.empty(0, bool)]
+        """Those of the pairs i * m + j that agree, (P', 2)."""
+        good = [np.empty((0, 2), np.int64)]
         for start in range(0, len(pairs), BLOCK):
-            i, j = pairs[start : start + BLOCK].T
+            i, j = np.divmod(pairs[start : start + BLOCK], m)
             kept = _apart(features, rows[i], rows[j]) <= farthest
             for images, most in ((tiny.view(-1, 1, 8, 8), 1.5 * limit), (small, limit)):  # the cheaper one first
                 left = np.flatnonzero(kept)
                 kept[left] = _unlike(images[i[left]], images[j[left]]) <= most
-            good.append(kept)
+            good.append(np.stack([i[kept], j[kept]], 1))
         return np.concatenate(good)
 
-    pairs = np.stack([np.repeat(np.arange(m), found.shape[1]), found.reshape(-1)], 1)
-    pairs = np.unique(np.sort(pairs[(pairs[:, 0] != pairs[:, 1]) & (pairs[:, 1] >= 0)], 1), axis=0)
-    pairs = pairs[close(pairs)]
+    pairs = close(_pairs(found, m))
     graph = coo_matrix((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), (m, m))
     _, group = connected_components(graph, directed=False)
     lowest = np.unique(group, return_index=True)[1][group]
     others = np.flatnonzero(lowest != np.arange(m))
-    others = others[close(np.stack([lowest[others], others], 1))]
+    others = close(lowest[others] * m + others)[:, 1]
     first[others] = lowest[others]
     for i, j in pairs.tolist():  # in order, so that i is settled; for what has drifted from the first of its group
         if first[i] < 0 and first[j] < 0:
             first[j] = i
     return first
+
+
+def _pairs(found: np.ndarray, m: int) -> np.ndarray:
+    """(P,) sorted i * m + j, with i < j, of all pairs of a row and one of its nearest (M, k): 8 bytes each."""
+    for start in range(0, m, BLOCK):  # in place: there are millions
+        part = found[start : start + BLOCK]
+        own = np.arange(start, start + len(part))[:, None]
+        part[:] = np.where((part == own) | (part < 0), -1, np.minimum(part, own) * m + np.maximum(part, own))
+    found = found.reshape(-1)
+    found.sort()
+    return found[(found >= 0) & np.append(True, found[1:] != found[:-1])]
 
 
 def _tiny(small: Tensor) -> Tensor:
@@ -245,10 +267,10 @@ def looks(store: Store) -> list[str]:
         return said.tolist()
     rows = np.arange(len(store))
     light, contrast = np.empty(len(store)), np.empty(len(store))
-    for start, part in zip(range(0, len(store), BLOCK), _blocks(store, rows), strict=True):
+    for start, part in zip(range(0, len(store), _step(store)), _blocks(store, rows), strict=True):
         deviation, mean = torch.std_mean(part.float(), (2, 3), correction=0)
-        light[start : start + BLOCK] = mean.mean(1).cpu()
-        contrast[start : start + BLOCK] = deviation.amax(1).cpu()
+        light[start : start + len(part)] = mean.mean(1).cpu()
+        contrast[start : start + len(part)] = deviation.amax(1).cpu()
     dark, bright = np.quantile(light, 0.01, method="lower"), np.quantile(light, 0.99, method="higher")
     said[light < dark] = DARK
     said[light > bright] = BRIGHT

@@ -20,6 +20,7 @@ from deepcluster.classifier import Classifier
 from deepcluster.edits import Step
 
 logger = logging.getLogger("deepcluster")
+BLOCK = 8192  # rows that are strings of Python at a time: a million of them take 100 MB
 REPRESENTATIVES = 9  # images a cluster is shown by
 EDITS = b"edits"  # a digest of the edits that a table shows: in its schema's metadata
 
@@ -85,6 +86,19 @@ def clusters(found: dict[str, np.ndarray], names: Sequence[str], classifier: Cla
     return pa.Table.from_pylist(rows, schema=schema)
 
 
+class _Column(Sequence[str]):
+    """A column of words, each made a string of Python when it is asked for."""
+
+    def __init__(self, words: pa.ChunkedArray):
+        self.words = words
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.words[int(i)].as_py()
+
+
 def write_table(path: Path, table: pa.Table) -> None:
     """Parquet, completely or not at all."""
     with atomic.replacing(path) as f:
@@ -118,7 +132,7 @@ def write(run: Path, classifier: Classifier, found: dict[str, np.ndarray], table
     classifier.save(run / "model")
     if "features" in found:
         write_features(run, [found["features"]], found["features"].shape)
-    write_table(run / "clusters.parquet", clusters(found, table["path"].to_pylist(), classifier))
+    write_table(run / "clusters.parquet", clusters(found, _Column(table["path"]), classifier))
     write_table(run / "assignments.parquet", table)  # last: a run that has it is finished
 
 
@@ -132,7 +146,7 @@ def edited(table: pa.Table, classifier: Classifier, found: dict[str, np.ndarray]
 
 def rewrite(run: Path, classifier: Classifier, found: dict[str, np.ndarray], table: pa.Table) -> None:
     """The edits of a run, and its tables as they are now: all of them, or none if something goes wrong."""
-    tables = {"assignments": table, "clusters": clusters(found, table["path"].to_pylist(), classifier)}
+    tables = {"assignments": table, "clusters": clusters(found, _Column(table["path"]), classifier)}
     with contextlib.ExitStack() as files:  # renamed when all are written, the edits first: see ``mended``
         for name, one in tables.items():
             pq.write_table(one, files.enter_context(atomic.replacing(run / f"{name}.parquet")))
@@ -172,8 +186,8 @@ def mended(run: Path, table: pa.Table, classifier: Classifier) -> pa.Table:
 def identity(table: pa.Table) -> str:
     """Differs for the assignments of other images, and after an edit."""
     digest = hashlib.sha1((table.schema.metadata or {}).get(EDITS, _log([])))
-    for sha1 in table["sha1"].to_pylist():
-        digest.update(sha1.encode())
+    for batch in table.select(["sha1"]).to_batches(BLOCK):
+        digest.update("".join(batch.column(0).to_pylist()).encode())
     return digest.hexdigest()
 
 

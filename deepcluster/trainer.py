@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from deepcluster import checkpoint, dist, networks
+from deepcluster import checkpoint, dist, heap, networks
 from deepcluster.batches import Batch, steps, train_batches
 from deepcluster.checkpoint import Saver, State
 from deepcluster.features import extract
@@ -148,6 +148,7 @@ def finish_epoch(state: State, lr: float) -> float:
     return loss
 
 
+@heap.reused()
 def fit(
     model: Model,
     store: Store,
@@ -190,9 +191,9 @@ def fit(
                 training.set_lr(state.optimizer, clock)
                 with torch.autocast(store.device.type, torch.bfloat16, enabled=training.bf16):
                     logits = parallel(batch.views)
-                ids = batch.ids.to(store.device)
-                each = recipe.losses(logits, labels[:, ids], clock)
-                flat_loss(state, recipe, logits, labels[:, ids], clock)
+                ids = batch.ids.to(store.device, non_blocking=True)  # a step never waits for the device
+                each = recipe.losses(logits, own := labels[:, ids], clock)
+                flat_loss(state, recipe, logits, own, clock)
 
                 state.optimizer.zero_grad(set_to_none=True)
                 each.mean().backward()

@@ -14,17 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepcluster.draws import Draws
+from deepcluster.draws import Draws, Range
 
-Range = tuple[float, float]
 Step = Callable[[Tensor, slice], Tensor]  # images and which rows of the batch they are -> images
 
 _LUMA = torch.tensor([0.299, 0.587, 0.114])  # weights of red, green and blue in grey (ITU-R 601, as in YIQ)
 _TO_GREY = _LUMA.expand(3, 3)  # every channel becomes the image's grey
+_TO_CHROMA = torch.eye(3) - _TO_GREY  # and what is left of it without that
 _YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]]).double()
 _QUARTER = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, -1.0], [0.0, 1.0, 0.0]]).double()
 _TURN_CHROMA = (_YIQ.inverse() @ _QUARTER @ _YIQ).float()  # a quarter turn of hue, with the grey part removed
-_CACHED = 1 << 19  # values per thread that are worked on at a time on the CPU
+_CACHED = 1 << 17  # values per thread that are worked on at a time on the CPU
 _NOISE_STRIDE = 131  # from one image's noise to the next one's; a prime, so as not to be a multiple of a row
 
 
@@ -120,8 +120,8 @@ class View:
         if h == 0:  # a share of the input's sides
             h, w = (max(1, round(side * (self.size or 1))) for side in (height, width))
         steps = [
-            self._resampling(draws, (channels, height, width), (h, w)),
-            self._recolouring(draws, channels, 1 if images.is_floating_point() else 255),
+            self._resampling(draws, images, (h, w)),
+            self._recolouring(draws, images),
             self._blurring(draws, h, w),
             self._noising(draws, channels * h * w),
         ]
@@ -134,18 +134,21 @@ class View:
                 torch.clamp(x, 0, 1, out=out[part])
         return out
 
-    def _resampling(self, draws: Draws, shape: tuple[int, int, int], sides: tuple[int, int]) -> Step | None:
+    def _resampling(self, draws: Draws, images: Tensor, sides: tuple[int, int]) -> Step | None:
         """(B, C, H, W) -> (B, C, h, w), all geometry at once. Shrinking is not low-pass filtered."""
-        found, (h, w) = self._maps(draws, shape[0], shape[1] / shape[2]), sides
-        if found is None and sides == shape[1:]:
-            return None
-        maps = torch.eye(2, 3).expand(draws.n, 2, 3) if found is None else found
+        (channels, height, width), (h, w) = images.shape[1:], sides
+        maps = self._maps(draws, channels, height / width)
+        if maps is None:
+            if sides == (height, width):
+                return None
+            maps = torch.eye(2, 3).expand(draws.n, 2, 3)
+        # a part along x plus a part along y, coordinates first: F.affine_grid does the same 40 times slower
+        to_x, to_y, origin = _to(maps, images)[:, :, None, None].unbind(-1)  # each (B, 2, 1, 1)
+        along_x, along_y = to_x * _centres(w, images), to_y * _centres(h, images).view(h, 1) + origin
 
         def resample(x: Tensor, part: slice) -> Tensor:
-            # a part along x plus a part along y, coordinates first: F.affine_grid does the same 40 times slower
-            to_x, to_y, origin = _to(maps[part], x)[:, :, None, None].unbind(-1)  # each (B, 2, 1, 1)
-            grid = to_x * _centres(w, x) + (to_y * _centres(h, x).view(h, 1) + origin)  # (B, 2, h, w)
-            return F.grid_sample(x, grid.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
+            grid = (along_x[part] + along_y[part]).permute(0, 2, 3, 1)  # (B, h, w, 2)
+            return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
         return resample
 
@@ -158,51 +161,59 @@ class View:
         moves = self.cell or self.rotate or self.shift or self.shear or flip
         if not moves and {*self.area, *self.aspect, *self.zoom} == {1}:
             return None
-        area = draws.uniform(*self.area)
-        aspect = draws.uniform(math.log(self.aspect[0]), math.log(self.aspect[1])).exp()
-        aspect = aspect.clamp(area, 1 / area)  # neither side of the crop is longer than the image's
-        w, h = (area * aspect).sqrt(), (area / aspect).sqrt()
-        x = draws.uniform(-1, 1) * (1 - w) - draws.uniform(-2 * self.shift, 2 * self.shift)
-        y = draws.uniform(-1, 1) * (1 - h) - draws.uniform(-2 * self.shift, 2 * self.shift)
+        place, shift = (-1, 1), (-2 * self.shift, 2 * self.shift)
+        logs = (math.log(self.aspect[0]), math.log(self.aspect[1]))
+        turns = [(-self.rotate, self.rotate), (-self.shear, self.shear), self.zoom]
+        area, aspect, right, x, down, y, angle, shear, zoom = draws.uniform(
+            self.area, logs, place, shift, place, shift, *turns
+        )
+        w, h, x, y = torch.ones(draws.n), torch.ones(draws.n), -x, -y
+        if {*self.area} != {1}:
+            aspect = aspect.exp().clamp(area, 1 / area)  # neither side of the crop is longer than the image's
+            w, h = (area * aspect).sqrt(), (area / aspect).sqrt()
+            x, y = right * (1 - w) + x, down * (1 - h) + y
         if self.cell:  # the crop and where its centre is, from the cell's units into the image's
             row, column = self.cell
             w, h, x, y = w / 3, h / 3, (x + 2 * column - 2) / 3, (y + 2 * row - 2) / 3
-        angle = draws.uniform(-self.rotate, self.rotate).deg2rad()
-        shear = draws.uniform(-self.shear, self.shear).deg2rad().tan()
-        zoom = draws.uniform(*self.zoom)
-        cos, sin = angle.cos() / zoom, angle.sin() / zoom
-        # inverse of zoom x rotation x shear, in pixels; `tall` converts between the two sides' units
-        xx, xy, yx, yy = cos + shear * sin, (sin - shear * cos) * tall, -sin / tall, cos
-        w = torch.where(draws.chance(flip), -w, w)
-        rows = [xx * w, xy * h, xx * x + xy * y, yx * w, yy * h, yx * x + yy * y]
+        if flip:
+            w = torch.where(draws.chance(flip), -w, w)
+        if not (self.rotate or self.shear) and {*self.zoom} == {1}:
+            none = torch.zeros(draws.n)
+            rows = [w, none, x, none, h, y]
+        else:  # inverse of zoom x rotation x shear, in pixels; `tall` converts between the two sides' units
+            shear, angle = shear.deg2rad().tan(), angle.deg2rad()
+            cos, sin = angle.cos() / zoom, angle.sin() / zoom
+            xx, xy, yx, yy = cos + shear * sin, (sin - shear * cos) * tall, -sin / tall, cos
+            rows = [xx * w, xy * h, xx * x + xy * y, yx * w, yy * h, yx * x + yy * y]
         return torch.stack(rows, 1).view(-1, 2, 3)
 
-    def _recolouring(self, draws: Draws, channels: int, unit: int) -> Step | None:
-        """(B, C, H, W) in [0, unit] -> the same in [0, 1], all colour parts at once, not yet clamped."""
+    def _recolouring(self, draws: Draws, images: Tensor) -> Step | None:
+        """(B, C, H, W) in [0, 1] or as bytes -> the same in [0, 1], all colour parts at once, not yet clamped."""
+        channels, unit = images.shape[1], 1 if images.is_floating_point() else 255
         rgb = channels == 3
         chroma = bool(rgb and (self.saturation or self.hue or self.grey))
         if not (self.brightness or self.contrast or chroma):
             return None if unit == 1 else lambda x, part: x / unit
-        on = draws.chance(self.colour)
-        brightness = torch.where(on, draws.uniform(1 - self.brightness, 1 + self.brightness), 1.0) / unit
-        contrast = torch.where(on, draws.uniform(1 - self.contrast, 1 + self.contrast), 1.0)
+        spreads = [self.brightness, self.contrast, self.saturation][: 3 if chroma else 2]
+        on, factors = draws.chance(self.colour), draws.uniform(*[(1 - spread, 1 + spread) for spread in spreads])
+        brightness, contrast, *saturation = torch.where(on, factors, 1.0)
+        brightness = brightness / unit
         gain = (brightness * contrast).view(-1, 1, 1)
         if chroma:
-            saturation = torch.where(on, draws.uniform(1 - self.saturation, 1 + self.saturation), 1.0)
-            saturation = saturation.masked_fill(draws.chance(self.grey), 0).view(-1, 1, 1)
-            hue = torch.where(on, draws.uniform(-self.hue, self.hue) * 2 * math.pi, 0.0).view(-1, 1, 1)
-            kept, turned = saturation * hue.cos(), saturation * hue.sin()
-            gain = gain * (_TO_GREY + kept * (torch.eye(3) - _TO_GREY) + turned * _TURN_CHROMA)  # (B, 3, 3)
+            strength = saturation[0].masked_fill(draws.chance(self.grey), 0)
+            hue = torch.where(on, draws.uniform((-self.hue, self.hue))[0] * 2 * math.pi, 0.0)
+            kept, turned = (strength * hue.cos()).view(-1, 1, 1), (strength * hue.sin()).view(-1, 1, 1)
+            gain = gain * (_TO_GREY + kept * _TO_CHROMA + turned * _TURN_CHROMA)  # (B, 3, 3)
         # contrast pulls towards the mean grey, which the chroma parts leave as it is
         weights = _LUMA if rgb else torch.full((channels,), 1 / channels)
-        pull = ((1 - contrast) * brightness)[:, None] * weights  # (B, C)
+        pull = _to(((1 - contrast) * brightness)[:, None] * weights, images)  # (B, C)
+        gain = _to(gain, images)
 
         def recolour(x: Tensor, part: slice) -> Tensor:
-            pixels, scale = x.flatten(2), _to(gain[part], x)
-            offset = x.new_zeros(1, 1, 1)
-            if self.contrast:
-                offset = (pixels.mean(2) * _to(pull[part], x)).sum(1).view(-1, 1, 1)
-            y = torch.baddbmm(offset, scale, pixels) if chroma else torch.addcmul(offset, scale, pixels)
+            pixels = x.flatten(2)
+            offset = (pixels.mean(2) * pull[part]).sum(1).view(-1, 1, 1) if self.contrast else x.new_zeros(1, 1, 1)
+            # without chroma in two passes: torch.addcmul does the same four times slower
+            y = torch.baddbmm(offset, gain[part], pixels) if chroma else (pixels * gain[part]).add_(offset)
             return y.view_as(x)
 
         return recolour
@@ -212,7 +223,7 @@ class View:
         if not self.blur:
             return None
         chosen = draws.chance(self.blur)
-        sigma = draws.uniform(*self.blur_sigma) * (min(height, width) / 32)
+        sigma = draws.uniform(self.blur_sigma)[0] * (min(height, width) / 32)
 
         def matrix(side: int, sigma: Tensor) -> Tensor:  # (B, side, side)
             pixels = torch.arange(side, device=sigma.device)
@@ -235,7 +246,7 @@ class View:
         if not self.noise:
             return None
         field = draws.table(torch.randn, count + _NOISE_STRIDE * max(0, draws.total - 1))
-        strength = draws.uniform(0, self.noise).view(-1, 1)
+        strength = draws.uniform((0, self.noise)).view(-1, 1)
 
         def add_noise(x: Tensor, part: slice) -> Tensor:
             noise = _to(field, x).unfold(0, count, _NOISE_STRIDE)[draws.ours][part]

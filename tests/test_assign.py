@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from deepcluster import transport
 from deepcluster.assign import Aligned, KMeans, centroid_heads, whiten
 from deepcluster.model import Projector, Prototypes
 from deepcluster.recipe import Targets, keep_heads, keep_targets, reset_heads
@@ -162,6 +163,20 @@ def test_aligned_names_each_head_by_itself_and_copes_with_the_unlabelled():
     mostly = targets_of([0, -1, -1, -1, -1, 0])  # what was unlabelled overlaps with nothing
     new = torch.tensor([[0, 1, 1, 1, 1, 0]], dtype=torch.int32)
     assert Aligned(Fixed(new))(torch.zeros(6, 2), heads[:1], mostly, seed=0).labels.tolist() == new.tolist()
+
+
+def test_very_many_clusters_are_named_as_few_are(monkeypatch):
+    old = torch.randint(-1, 40, (300,), generator=torch.Generator().manual_seed(0))
+    new = torch.where(torch.rand(300, generator=torch.Generator().manual_seed(1)) < 0.7, 37 - old, old).clamp(-1, 39)
+    few = transport.renamed(new, old, 40)
+    monkeypatch.setattr(transport, "DENSE", 0)
+    many = transport.renamed(new, old, 40)
+    assert (few == old)[old >= 0].sum() == (many == old)[old >= 0].sum() > 150
+    assert len({(int(a), int(b)) for a, b in zip(new, many, strict=True)}) == len(new.unique()) == len(many.unique())
+    lost = torch.where(new == 3, -1, old)  # cluster 3 overlaps with nothing: it gets the name that is left
+    assert len(transport.renamed(new, lost, 40).unique()) == len(new.unique())
+    names = transport.renamed(torch.arange(10_000), torch.arange(10_000).flip(0), 10_000)
+    assert torch.equal(names.long(), torch.arange(10_000).flip(0))
 
 
 # --- heads ---

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deepcluster import kmeans as module
-from deepcluster.kmeans import kmeans, nearest, plus_plus, refill, sums
+from deepcluster.kmeans import kmeans, nearest, one_pass, plus_plus, refill, sums
 
 
 def normal(n, d, seed=0):
@@ -93,7 +93,7 @@ def test_the_same_seed_gives_the_same_clusters():
 def test_lloyd_runs_on_a_sample_and_then_labels_every_row(monkeypatch):
     monkeypatch.setattr(module, "POINTS_PER_CENTROID", 20)
     x, seen = blobs(2000, 4, 3), []
-    monkeypatch.setattr(module, "sums", lambda x, *rest: seen.append(len(x)) or sums(x, *rest))
+    monkeypatch.setattr(module, "one_pass", lambda x, *rest: seen.append(len(x)) or one_pass(x, *rest))
     labels, centroids = kmeans(x, 4, seed=0)
     assert set(seen) == {80}
     assert torch.equal(labels, nearest(x, centroids)[0])
@@ -106,6 +106,18 @@ def test_a_warm_start_keeps_the_ids():
     labels, centroids = kmeans(x, 6, seed=0, start=torch.eye(6)[names] * 9)
     assert torch.equal(centroids.argmax(1), names)
     assert torch.equal(names[labels], torch.arange(120) % 6)
+
+
+def test_a_warm_start_is_done_once_inertia_hardly_falls(monkeypatch):
+    x, seen = blobs(3000, 30, 6), []
+    _, centroids = kmeans(x, 30, seed=0)
+    monkeypatch.setattr(module, "one_pass", lambda *rest: seen.append(1) or one_pass(*rest))
+    start = centroids + normal(30, 6, seed=9) * 0.05
+    warm = kmeans(x, 30, seed=0, start=start)[1]
+    few = len(seen)
+    monkeypatch.setattr(module, "SETTLED", 0.0)
+    assert inertia(x, warm) < 1.01 * inertia(x, kmeans(x, 30, seed=0, start=start)[1])
+    assert few <= 5 < len(seen) - few
 
 
 def test_a_cluster_without_a_start_is_drawn_anew_from_the_rows():

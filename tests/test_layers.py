@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "deepcluster"
 LAYERS = [
-    {"dist", "metrics", "doctor", "settings", "draws", "atomic", "checked", "terminal"},
+    {"dist", "metrics", "doctor", "settings", "draws", "atomic", "checked", "terminal", "heap"},
     {"transport", "losses", "norm", "decode", "kmeans", "views", "scratch"},
     {"model", "recipe", "backbones", "networks", "edits"},
     {"assign", "neighbors", "sources", "store", "methods"},
@@ -19,9 +19,10 @@ LAYERS = [
     {"log", "sentinel"},
     {"stages"},
     {"plan"},
-    {"outputs", "dryrun", "options"},
+    {"outputs", "options"},
     {"results", "landscape"},
     {"report", "export", "ending"},
+    {"dryrun"},
     {"runs"},
     {"editable"},
     {"estimator"},

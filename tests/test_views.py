@@ -1,6 +1,7 @@
 """Views against a slow reference that works pixel by pixel, and against torchvision where it does the same."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 
@@ -11,6 +12,7 @@ import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 
 from deepcluster import views
+from deepcluster.draws import Draws
 from deepcluster.views import VIEWS, View, as_view
 
 GEOMETRY = View(area=(0.4, 0.9), aspect=(0.9, 1.2), rotate=25, zoom=(0.8, 1.3), shift=0.1, shear=10, flip=1)
@@ -33,7 +35,9 @@ def draw_at(monkeypatch):
     """Make every draw the same share of its range, every chance of at least a half true: no randomness is left."""
 
     def at(share: float) -> None:
-        uniform = lambda self, low, high: torch.full((self.n,), float(low + share * (high - low)))
+        uniform = lambda self, *ranges: torch.stack(
+            [torch.full((self.n,), float(low + share * (high - low))) for low, high in ranges]
+        )
         monkeypatch.setattr(views.Draws, "uniform", uniform)
         monkeypatch.setattr(views.Draws, "chance", lambda self, p: torch.full((self.n,), p >= 0.5))
 
@@ -84,7 +88,8 @@ def naive(view: View, image: np.ndarray, share: float, out: tuple[int, int]) -> 
     return p.clip(0, 1)
 
 
-PARTS = [View(area=(0.2, 0.6)), View(rotate=40), View(shift=0.2), View(flip_grey=1), View(aspect=(0.3, 0.5))]
+PARTS = [View(area=(0.2, 0.6)), View(rotate=40), View(shear=20), View(zoom=(0.7, 1.6)), View(shift=0.2)]
+PARTS += [View(flip_grey=1), View(aspect=(0.3, 0.5)), View(area=(0.3, 0.5), aspect=(0.6, 1.5))]
 
 
 @pytest.mark.parametrize(("share", "shape"), [*zip([0.1, 0.5, 0.8, 0.9, 0.3, 0.7], SHAPES, strict=True)])
@@ -265,6 +270,41 @@ def test_full_precision_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         inside = ALL(images, seeded())
     assert torch.equal(inside, ALL(images, seeded()))
+
+
+@pytest.mark.parametrize("name", [*VIEWS, "all"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_nothing_waits_for_the_device(name, channels, monkeypatch):
+    """Tensors on "meta" have no values: whatever would have to be read back from a GPU is an error there."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # knows no "meta"
+    view = VIEWS.get(name, ALL)
+    for images in (random_images(6, channels, 10, 12), torch.rand(6, channels, 10, 12)):
+        there, here = view(images.to("meta"), seeded()), view(images, seeded())
+        assert (there.device.type, there.shape, there.dtype) == ("meta", here.shape, here.dtype)
+
+
+def test_numbers_are_drawn_row_by_row_and_only_where_there_is_a_range():
+    ranges, rng, one = [(1, 2), (3, 3), (-20, 20), (0.5, 0.7)], seeded(), seeded()
+    together = Draws(rng, 5, 10, 40).uniform(*ranges)
+    draws = Draws(one, 5, 10, 40)
+    assert torch.equal(together, torch.cat([draws.uniform(r) for r in ranges]))
+    assert torch.equal(together[1], torch.full((10,), 3.0))
+    own = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=seeded())))
+    expected = [torch.rand(40, generator=own)[5:15] * (high - low) + low for low, high in ranges if low != high]
+    assert torch.equal(together[[0, 2, 3]], torch.stack(expected))
+    before = rng.get_state()
+    assert torch.equal(Draws(rng, 0, 4, 4).uniform((2, 2)), torch.full((1, 4), 2.0))
+    assert torch.equal(rng.get_state(), before)
+
+
+def test_floats_given_are_not_written_to():
+    """Parts are worked on in place where they are ours; test_any_size covers bytes."""
+    for view in (View(), View(brightness=0.4, contrast=0.4), View(noise=0.1), View(blur=0.5), ALL):
+        for channels in (1, 3):
+            images = random_images(6, channels, 8, 8) / 255
+            before = images.clone()
+            view(images, seeded())
+            assert torch.equal(images, before)
 
 
 def test_vectors():

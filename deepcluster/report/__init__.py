@@ -15,7 +15,7 @@ from string import Template
 import numpy as np
 import torch
 
-from deepcluster import __version__, atomic, outputs, results
+from deepcluster import __version__, atomic
 from deepcluster.classifier import Classifier
 from deepcluster.report import cards, facts, points
 from deepcluster.report.curves import curves
@@ -55,7 +55,7 @@ def write_report(
     classifier = _classifier(run, store)
     tile, sheets, gallery, heats, blank = _pictures(found, choice, rows, rank, store, classifier)
     known |= {"tile": tile, "blank": blank, "columns": COLUMNS, "sheets": len(sheets)}
-    known["of"] = results.identity(outputs.read_assignments(run))
+    known["of"] = found.identity
     blocks = {"data": data(known), "gallery": data(gallery), "heats": data(heats)}
     title = f"{facts.source(found.config)}: {count(len(found), 'image')} in {count(len(found.clusters), 'cluster')}"
     parts = "".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from deepcluster.report.found import Found
 from deepcluster.report.words import called, count, number, percent, text
@@ -135,7 +137,7 @@ def copies(found: Found, choice: Choice, rank: np.ndarray) -> str:
     if not len(rows):
         return ""
     first = found.copy_of[rows]
-    exact = sum(found.sha1[i] == found.sha1[j] for i, j in zip(rows.tolist(), first.tolist(), strict=True))
+    exact = pc.sum(pc.equal(found.sha1.take(pa.array(rows)), found.sha1.take(pa.array(first)))).as_py()
     originals, sizes = np.unique(first, return_counts=True)
     size = dict(zip(originals.tolist(), (sizes + 1).tolist(), strict=True))
     groups = "\n".join(

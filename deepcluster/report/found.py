@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from deepcluster import outputs
+from deepcluster import outputs, results
 
 BLOCK = 8192  # rows of features that are read at a time
 NEAREST = 3  # other clusters a card names
@@ -24,7 +24,7 @@ class Found:
     config: dict[str, Any]
     metrics: list[dict[str, Any]]
     paths: list[str]  # N
-    sha1: list[str]  # N
+    sha1: pa.ChunkedArray  # N
     cluster: np.ndarray  # (N,) int64 ids, which may have holes
     probability: np.ndarray  # (N,) float32
     margin: np.ndarray  # (N,) float32
@@ -36,6 +36,7 @@ class Found:
     features: np.ndarray  # (N, D), memory-mapped
     clusters: list[dict[str, Any]]  # K rows, largest first, as in clusters.parquet with figures that are made here
     edited: bool
+    identity: str  # of the assignments
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -67,7 +68,7 @@ def read(run: Path) -> Found:
         config=config,
         metrics=metrics,
         paths=paths,
-        sha1=table["sha1"].to_pylist(),
+        sha1=table["sha1"],
         cluster=cluster,
         probability=table["probability"].to_numpy(),
         margin=table["margin"].to_numpy(),
@@ -79,6 +80,7 @@ def read(run: Path) -> Found:
         features=features,
         clusters=clusters,
         edited=(run / "model" / "edits.safetensors").exists(),
+        identity=results.identity(table),
     )
     _describe(found)
     return found

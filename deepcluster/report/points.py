@@ -15,6 +15,7 @@ from deepcluster.report.found import Found
 from deepcluster.report.words import plain
 
 MOST = 60_000  # images on the page; their numbers fit in 16 bits
+BLOCK = 8192  # of them whose features are compared at a time
 PATHS = 8_000_000  # characters of all their paths together
 NONE = 0xFFFF
 NEIGHBOURS = 8
@@ -79,10 +80,13 @@ def arranged(found: Found, rows: np.ndarray) -> tuple[np.ndarray, dict[str, Any]
 
 def _among(features: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(M, k) nearest others among these rows, as numbers on the page, and their cosine distances."""
-    unit = torch.nn.functional.normalize(torch.from_numpy(features[rows].astype(np.float32)), dim=1)
+    unit = torch.empty(len(rows), features.shape[1])
+    for own, some in zip(unit.split(BLOCK), np.split(rows, range(BLOCK, len(rows), BLOCK)), strict=True):
+        own.copy_(torch.nn.functional.normalize(torch.from_numpy(features[some].astype(np.float32)), dim=1))
     ids = neighbours(unit, min(NEIGHBOURS, len(rows) - 1), exact=False)
-    far = torch.stack([1 - (unit * unit[column]).sum(1) for column in ids.T], 1)
-    return ids.numpy(), far.numpy()
+    parts = zip(unit.split(BLOCK), ids.split(BLOCK), strict=True)
+    far = [torch.stack([1 - (own * unit[column]).sum(1) for column in near.T], 1) for own, near in parts]
+    return ids.numpy(), torch.cat(far).numpy()
 
 
 def _middles(positions: np.ndarray, place: np.ndarray) -> np.ndarray:

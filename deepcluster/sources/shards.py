@@ -153,7 +153,8 @@ class _Rows:
     def _stream(path: str, group: int, column: str) -> Iterator[Any]:
         import pyarrow.parquet as pq
 
-        with pq.ParquetFile(path, buffer_size=1 << 20) as file:  # buffered: a column chunk is never whole in memory
+        # buffered, and not before it is wanted: or a column chunk would be whole in memory
+        with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
             for batch in file.iter_batches(BATCH, row_groups=[group], columns=[column], use_threads=False):
                 yield batch.column(0)
 

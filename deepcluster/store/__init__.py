@@ -55,7 +55,7 @@ class Store:
         """(B,) int64 on the CPU, each in [0, N) -> (B, C, H, W) uint8 or (B, D) float32, on the device."""
         rows, cuda = self.rows[ids.numpy()], self.device.type == "cuda"
         if self.place == "device":
-            return self.data[torch.from_numpy(rows).to(self.device)]
+            return self.data[torch.from_numpy(rows).to(self.device, non_blocking=True)]
         batch = torch.empty(len(rows), *self.shape, dtype=self.data.dtype, pin_memory=cuda)
         # numpy copies rows on one thread, twice as quick as index_select and a hundred times where processors are busy
         np.take(self.data.numpy(), rows, axis=0, out=batch.numpy(), mode="clip")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 Case = dict[str, str | int | float]
+CPU = torch.device("cpu")
 
 
 def show(bench: str, case: Case, as_json: bool) -> None:
@@ -20,15 +21,37 @@ def show(bench: str, case: Case, as_json: bool) -> None:
               f"n = {case['n']}", flush=True)  # fmt: skip
 
 
-def rates(case: str, peer: str, n_images: int, ours: Callable, theirs: Callable, rounds: int = 11) -> Case:
-    """Images a second of both, in turns; the first round of each is not counted."""
-    torch.set_num_threads(1)
+def finished(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def rates(
+    case: str,
+    peer: str,
+    n_images: int,
+    ours: Callable,
+    theirs: Callable,
+    rounds: int = 11,
+    *,
+    threads: int = 1,
+    device: torch.device = CPU,
+) -> Case:
+    """Images a second of both, in turns; the first round of each is not counted.
+
+    On one thread of the CPU its processor time counts, which other work disturbs least; otherwise the clock's.
+    """
+    torch.set_num_threads(threads)
+    now = time.process_time if threads == 1 and device.type == "cpu" else time.perf_counter
     seconds: dict[Callable, list[float]] = {ours: [], theirs: []}
     for _ in range(rounds + 1):
         for run, taken in seconds.items():
-            began = time.process_time()
+            finished(device)
+            began = now()
             run()
-            taken.append(time.process_time() - began)
+            finished(device)
+            taken.append(now() - began)
     a, b = (taken[1:] for taken in seconds.values())
     ratios = [their / our for our, their in zip(a, b, strict=True)]
     return {"case": case, "peer": peer, "ours": n_images / statistics.median(a), "unit": "images/s",
