@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 PATIENCE = timedelta(days=1)  # others wait while rank 0 decodes or writes; a rank that dies is torchrun's to notice
+MEETING = timedelta(minutes=10)  # a rank that never comes is not waited for longer
 
 
 def setup(device: str = "auto") -> torch.device:
@@ -33,12 +34,28 @@ def setup(device: str = "auto") -> torch.device:
     except RuntimeError:
         raise ValueError(f"device {device!r} is no device; choose {kind}, {kind}:NUMBER or auto") from None
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE, **_meeting_point())
     if device == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
         torch.cuda.set_device(local)
         return torch.device("cuda", local)
     return chosen
+
+
+def _meeting_point() -> dict:
+    """Where the ranks find each other, as arguments of ``init_process_group``; {} leaves it to torch.
+
+    torchrun's own store outlives a rank that dies and keeps the addresses of the processes before a restart.
+    Newer torch reads them as if they were of now ("connection refused"), so each attempt gets keys of its own.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if attempt is None or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, world, is_master=False, timeout=MEETING)
+    return {"store": dist.PrefixStore(f"deepcluster/{attempt}", store), "rank": rank, "world_size": world}
 
 
 def launch() -> str | None:

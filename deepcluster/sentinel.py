@@ -60,6 +60,6 @@ class Sentinel:
 
 
 def change(error: Collapse | FloatingPointError, made: list[str]) -> str | None:
-    """The change that may help after the changes ``made``, or None if there is none, or they were enough."""
+    """The change that may help after those ``made`` already; None if no change helps, or no more may be made."""
     wanted = error.symptom.change if isinstance(error, Collapse) else "lr"
     return wanted if len(made) < RESCUES else None

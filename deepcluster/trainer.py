@@ -181,6 +181,7 @@ def fit(
                 with torch.no_grad():
                     state.targets = recipe.assigner(features, model.head_list(), state.targets, seed)
                 recipe.reassign(model.head_list(), state.optimizer, features, state.targets)
+                del features  # N x D: the next ones come before this name is bound again
 
             state.network.train()
             labels = state.targets.labels.to(store.device)

@@ -123,7 +123,7 @@ def workers(process):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_killed_is_started_again_and_the_result_is_the_same(place, runs, victim):
     out = f"killed-{victim}"
-    process = started(place, 2, "images.npy", "--out", out, *PLAN, "--checkpoint-every", "0.1s", restarts=8)
+    process = started(place, 2, "images.npy", "--out", out, *PLAN, "--checkpoint-every", "0.1s", restarts=1)
     wait_for(process, lambda: steps_done(place / out) >= 2)
     os.kill(sorted(workers(process))[victim], signal.SIGKILL)
     _, err = process.communicate(timeout=300)
@@ -132,7 +132,7 @@ def test_a_rank_that_is_killed_is_started_again_and_the_result_is_the_same(place
 
 
 def test_a_rank_that_is_killed_at_once_is_started_again(place, runs):
-    process = started(place, 2, "images.npy", "--out", "early", *PLAN, restarts=8)
+    process = started(place, 2, "images.npy", "--out", "early", *PLAN, restarts=1)
     wait_for(process, lambda: len(workers(process)) == 2)
     time.sleep(1)
     os.kill(workers(process)[0], signal.SIGKILL)
