@@ -39,13 +39,13 @@ def whiten(x: Tensor, dim: int, *, floor: float = 1e-5) -> Tensor:
     Raises:
         FloatingPointError: the features are not finite.
     """
-    count = dist.all_sum(torch.tensor(float(len(x)), dtype=torch.float64, device=x.device))
+    count = dist.place(len(x), x.device)[1]
     parts = x.split(2**16)  # or all rows would be there in float64, and centred, besides
     mean = dist.all_sum(torch.stack([part.sum(0, dtype=torch.float64) for part in parts]).sum(0)) / count
     second = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
     for part in parts:
         second += (part - mean.float()).T @ (part - mean.float())
-    covariance = dist.all_sum(second).cpu() / count.cpu()
+    covariance = dist.all_sum(second).cpu() / count
     if not covariance.isfinite().all():
         raise FloatingPointError("features are not finite; lower lr, or use precision fp32")
     variance, basis = torch.linalg.eigh(covariance)
@@ -122,8 +122,7 @@ class Balanced:
                 x, scored = unit, _Cosines(centroids)
             chunks = _logits(x, scored)
             strength, scale = self.scales(x, scored, chunks)
-            found = torch.cat([torch.add(scale.float(), z.float(), alpha=strength).argmax(1) for z in chunks()])
-            labels.append(dist.all_cat(found.to(torch.int32)))
+            labels.append(dist.all_cat(hardened(chunks, strength, scale, len(x))))
         return replace(previous, labels=torch.stack(labels).cpu())
 
     def scales(
@@ -136,8 +135,9 @@ class Balanced:
         offset, total = dist.place(len(x), x.device)
         step = total // max(SAMPLED * head.out_features, 2**15)
         strength, scale = self.strength, torch.zeros(head.out_features, device=x.device)
-        if step > 1:
+        while step > 1:
             strength, scale = self._solve(_logits(x[-offset % step :: step], head), strength, scale)
+            step //= 4
         return self._solve(chunks, strength, scale)
 
     def _solve(self, chunks: Callable[[], Iterator[Tensor]], strength: float, scale: Tensor) -> tuple[float, Tensor]:
@@ -171,6 +171,14 @@ def _logits(features: Tensor, head: Head | _Cosines) -> Callable[[], Iterator[Te
     cached = [head(features)] if len(features) * head.out_features <= CHUNK else None
     parts = features.split(max(1, size // head.out_features))
     return lambda: iter(cached) if cached else (head(part) for part in parts)
+
+
+def hardened(chunks: Callable[[], Iterator[Tensor]], strength: float, scale: Tensor, n: int) -> Tensor:
+    """(n,) int32 the balanced labels, from the logits in chunks and the scales (K,)."""
+    labels, done = torch.empty(n, dtype=torch.int32, device=scale.device), 0  # small blocks among large ones pin them
+    for z in chunks():
+        labels[done : (done := done + len(z))] = torch.add(scale.float(), z.float(), alpha=strength).argmax(1)
+    return labels
 
 
 def _spread(chunks: Callable[[], Iterator[Tensor]]) -> float:

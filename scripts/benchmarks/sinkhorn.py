@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, multiprocessing
 
 from benchmarks.common import CPU, Case, finished
-from deepcluster.assign import Balanced, _logits
+from deepcluster.assign import Balanced, _logits, hardened
 
 SIZES = ((10_000, 100), (100_000, 1000), (1_000_000, 1000))
 D = 64
@@ -53,7 +53,7 @@ def streaming(x: Tensor, head: torch.nn.Linear, strength: float) -> tuple[Tensor
     """The same by ``Balanced``."""
     chunks = _logits(x, head)
     strength, scale = Balanced(strength).scales(x, head, chunks)
-    return torch.cat([torch.add(scale.float(), z, alpha=strength).argmax(1) for z in chunks()]), scale
+    return hardened(chunks, strength, scale, len(x)), scale
 
 
 def off(x: Tensor, head: torch.nn.Linear, strength: float, scale: Tensor) -> float:
@@ -65,8 +65,6 @@ def off(x: Tensor, head: torch.nn.Linear, strength: float, scale: Tensor) -> flo
 
 def measured(name: str, n: int, k: int, device: torch.device, answer: Connection | None = None) -> tuple[float, ...]:
     """Seconds, and bytes at most beyond what was there before, of one side in a process of its own; the error."""
-    torch.set_num_threads(1)
-    now = time.process_time if device.type == "cpu" else time.perf_counter
     with torch.no_grad():
         x, head, strength = problem(n, k, device)
         run = {"dense": dense, "streaming": streaming}[name]
@@ -76,10 +74,10 @@ def measured(name: str, n: int, k: int, device: torch.device, answer: Connection
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
-        began = now()
+        began = time.perf_counter()
         _, scale = run(x, head, strength)
         finished(device)
-        seconds = now() - began
+        seconds = time.perf_counter() - began
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         error = off(x, head, strength, scale)
     if device.type == "cuda":
