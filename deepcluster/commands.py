@@ -13,7 +13,6 @@ from deepcluster.terminal import visible
 
 
 def _fit(args: argparse.Namespace) -> None:
-    from deepcluster import runs
     from deepcluster.estimator import DeepCluster
 
     given = options.given(args)
@@ -42,7 +41,9 @@ def _fit(args: argparse.Namespace) -> None:
     job = {"labels": labels, "workers": args.workers, "data_root": args.data_root}
     model = DeepCluster(**given, out=args.out, overwrite=args.overwrite, quiet=args.quiet)
     if args.dry_run:
-        print("\n".join(runs.dry_run(model._settings(), args.source, model._job(**job))))
+        from deepcluster import dryrun
+
+        print("\n".join(dryrun.lines(model._settings(), args.source, model._job(**job))))
         return
     _say(model._fit(args.source, **job), args.out)
 

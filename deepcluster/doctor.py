@@ -50,6 +50,12 @@ def free_memory() -> int | None:
     return min(limits, default=None)
 
 
+def peak_memory() -> int | None:
+    """Bytes this process had in memory at most, so far; None if unknown (outside Linux)."""
+    fields = dict(line.split(":", 1) for line in _text("/proc/self/status").splitlines() if ":" in line)
+    return int(fields["VmHWM"].split()[0]) * 1024 if "VmHWM" in fields else None
+
+
 def cpu_count() -> int:
     """Processors this process may run on, at least 1."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

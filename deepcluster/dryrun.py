@@ -1,62 +1,130 @@
-"""What a run would need and take, measured on a sample: ``deepcluster fit ... --dry-run``. Writes nothing."""
+"""What a run would need and take: ``deepcluster fit ... --dry-run``.
 
+Some of the images go through the whole run, three epochs of every stage, in a temporary folder; the rest is arithmetic.
+"""
+
+import logging
 import shutil
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from deepcluster import decode, dist, doctor
-from deepcluster.batches import train_batches
+from deepcluster import decode, dist, doctor, evaluate, outputs, runs
+from deepcluster import plan as planning
 from deepcluster.decode import BadImage
-from deepcluster.model import Model
-from deepcluster.plan import Plan, Stage, starting_point
-from deepcluster.sources import Source
-from deepcluster.store import Store
+from deepcluster.plan import Plan, Stage
+from deepcluster.recipe import Clock, Every, Recipe
+from deepcluster.report import write_report
+from deepcluster.runs import Job
+from deepcluster.settings import Settings
+from deepcluster.sources import Source, open_source
+from deepcluster.store import Store, memory_budget
 from deepcluster.store.cache import key, whole
-from deepcluster.trainer import Report, Training, fit
+from deepcluster.trainer import Report
 
-SAMPLE = 512  # images, or two batches if that is more
+PIXELS = 2**20  # of all images that are tried, unless two batches have more
+MOST = 4096  # images that are tried
+MAP = 2000  # images up to which the report's map takes longer with each; see landscape.py
+WORDS = 500  # bytes an image in memory besides pixels: its name, digest, labels, and a row of each table
+FILES = 250  # bytes an image in the tables of the run
 
 
-def lines(plan: Plan, source: Source, device: torch.device, workers: int | None = None) -> list[str]:
-    """Memory, disk and time of a run of ``plan`` on ``source``, a line each; times are of this machine as it is now."""
+@dataclass(frozen=True)
+class _Tried(Stage):
+    """A stage whose labels, if it makes any, are made in the first epoch and in the third."""
+
+    def recipe(self) -> Recipe:
+        recipe = super().recipe()
+        return replace(recipe, refresh=Every(2)) if recipe.refresh.due(Clock(0, 1)) else recipe
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What trying it took.
+
+    Attributes:
+        epochs: seconds of each epoch, by stage.
+        ending: seconds of what follows the training, and of the report in that.
+        saved: bytes of the checkpoint, and of the files of the run that do not grow with the images.
+        dim: of the features.
+    """
+
+    epochs: dict[int, list[float]]
+    ending: tuple[float, float]
+    saved: tuple[int, int]
+    dim: int
+
+
+def lines(settings: Settings, X: Any, job: Job) -> list[str]:
+    """Memory, disk and time of a run, a line each; times are of this machine as it is now.
+
+    Raises:
+        ValueError: as the run would.
+    """
+    planning.check(settings)
+    if job.out is not None:
+        outputs.check(job.out, job.overwrite, runs.reads(settings, X))
+    device = dist.setup(settings.device)
+    source = open_source(X, data_root=job.data_root)
+    evaluate.known_labels(settings, source.names, job.labels)
+    size, channels = planning.choose_size(settings, source, device)
+    one = (channels, size, size) if source.features is None else (channels,)
     n = len(source.names)
-    count = min(
-        n, max(SAMPLE, 2 * max(s.batch_size for s in plan.stages), *(max(s.recipe().heads) for s in plan.stages))
-    )
+    plan = planning.resolve(settings, n, one, device)
+    least = max(2 * s.batch_size for s in plan.stages), max(max(s.recipe().heads) for s in plan.stages)
+    count = min(n, max(min(MOST, PIXELS // int(np.prod(one[-2:]))), *least))
     began = time.perf_counter()
-    sample = _sample(source, np.linspace(0, n - 1, count).astype(int), plan.shape, device, workers)
+    sample = _sample(source, np.linspace(0, n - 1, count).astype(int), plan.shape, device, job.workers)
     decoding = (time.perf_counter() - began) / count * n
-    shape = (n, *plan.shape)
-    held = int(np.prod(shape)) * sample.data.element_size()
-    cached = source.features is None and whole(doctor.cache_dir() / key(source, shape), shape)
-    weights, saved, seconds = 0, 0, []
-    for stage in plan.stages:
-        numbers, kept, each = _try(plan, stage, sample)
-        weights, saved = max(weights, numbers), max(saved, kept)
-        seconds.append(each * n / len(sample) * stage.epochs)
-    as_is = source.features is not None or cached  # nothing to decode
-    where = "taken as they are" if source.features is not None else "in the cache already" if cached else "to be cached"
-    on_gpu = device.type == "cuda"
-    free = int(torch.cuda.mem_get_info(device)[0]) if on_gpu else doctor.free_memory() or 0
+    found = _try(plan, sample)
+
+    m = len(sample)
+    held = int(np.prod(plan.shape)) * sample.data.element_size()
+    as_is = source.features is not None or whole(doctor.cache_dir() / key(source, (n, *plan.shape)), (n, *plan.shape))
+    where = "taken as they are" if source.features is not None else "in the cache already" if as_is else "to be cached"
+    inside = n * held <= memory_budget() and device.type != "cuda"
+    more = (n - m) * (WORDS + inside * held)
+    peak = doctor.peak_memory() or 0
     disk = next(folder for folder in (doctor.cache_dir(), *doctor.cache_dir().absolute().parents) if folder.exists())
+    checkpoint, rest = found.saved
+    run = checkpoint + rest + n * (4 * found.dim + FILES)
     said = [
-        f"images       {n} of {'x'.join(map(str, plan.shape))}: {_mb(held)} as decoded, {where}",
-        f"{'GPU memory' if on_gpu else 'memory':12} {_mb(held + 4 * weights + saved)} = images {_mb(held)} + model, "
-        f"gradients and optimizer {_mb(4 * weights)} + activations {_mb(saved)}; {_mb(free)} free, and images that do "
-        "not fit are read from disk",
-        f"disk         {_mb(0 if as_is else held)} cache + {_mb(6 * weights)} checkpoint + {_mb(weights)} model; "
+        f"images       {n} of {'x'.join(map(str, plan.shape))}: {_mb(n * held)} as decoded, {where}",
+        f"memory       {_mb(peak + more)} with Python and PyTorch; {_mb(doctor.free_memory() or 0)} free"
+        f"{'' if inside else '; images are read from disk'}",
+        *([f"GPU memory   {_mb(torch.cuda.max_memory_allocated(device))}"] if device.type == "cuda" else []),
+        f"disk         {_mb(0 if as_is else n * held)} cache + {_mb(run)} run, of it {_mb(checkpoint)} its checkpoint; "
         f"{_mb(shutil.disk_usage(disk).free)} free",
         f"decoding     {_time(0 if as_is else decoding)}",
     ]
-    for stage, t in zip(plan.stages, seconds, strict=True):
-        said.append(f"{stage.method:12} {_time(t)} for {stage.epochs} epochs of {n // stage.batch_size} steps")
+    total = 0 if as_is else decoding
+    for number, stage in enumerate(plan.stages):
+        seconds = _stage(stage, found.epochs[number], n, m)
+        total += seconds
+        said.append(f"{stage.method:12} {_time(seconds)} for {stage.epochs} epochs of {n // stage.batch_size} steps")
+    finish, report = found.ending
+    ending = max(0.0, finish - report) * n / m + report * min(n, MAP) / min(m, MAP)
+    said += [f"results      {_time(ending)}", f"together     {_time(total + ending)}"]
     return [*said, "a dry run: nothing was written"]
+
+
+def _stage(stage: Stage, epochs: list[float], n: int, m: int) -> float:
+    """Seconds of a stage, from those of three epochs of ``m`` of the ``n`` images, labels made in the outer two."""
+    refresh = stage.recipe().refresh
+    labelled = sum(refresh.due(Clock(epoch, stage.epochs)) for epoch in range(stage.epochs))
+    first, plain, again = epochs
+    step = (plain if labelled else min(plain, again)) / (m // stage.batch_size)
+    labels = max(0.0, again - plain) * n / m
+    cold = max(labels, (first - plain) * n / m) if labelled else 0.0
+    return stage.epochs * (n // stage.batch_size) * step + cold + max(0, labelled - 1) * labels
 
 
 def _sample(
@@ -79,38 +147,48 @@ def _sample(
         data = torch.from_numpy(np.stack(found)) if found else torch.empty(0, *shape)
     if len(data) < len(rows) / 2:
         raise ValueError(f"{source.location}: {len(rows) - len(data)} of {len(rows)} images tried cannot be read")
-    return Store(data.to(device), np.arange(len(data)), [""] * len(data), [""] * len(data), [], device, "memory")
+    names = [f"{i:040x}" for i in range(len(data))]
+    return Store(data.to(device), np.arange(len(data)), names, names, [], device, "memory")
 
 
-def _try(plan: Plan, stage: Stage, sample: Store) -> tuple[int, int, float]:
-    """Bytes of the weights, bytes kept for the backward pass of a batch, and seconds of an epoch on the sample."""
-    recipe = stage.recipe()
-    seed = dist.epoch_seed(plan.seed, 0)
-    torch.manual_seed(seed)
-    backbone, dim = starting_point(replace(plan, weights=None, init_from=None), *sample.statistics)
-    model = Model(backbone, dim, recipe.heads, recipe.head).to(sample.device)
-    batch = min(stage.batch_size, len(sample))
-    kept: dict[int, int] = {}
-    seconds: list[float] = []
-
-    def pack(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
+def _try(plan: Plan, sample: Store) -> _Found:
+    """The whole run, on some images, for three epochs a stage."""
+    short = replace(plan, on_collapse="warn", checkpoint_every="1000000h",
+                    stages=tuple(_Tried(**{**vars(stage), "epochs": 3}) for stage in plan.stages))  # fmt: skip
+    known = None
+    if any(stage.recipe().supervised for stage in plan.stages):  # made up
+        kinds = plan.n_clusters
+        known = evaluate.Known(np.arange(len(sample)) % kinds, [str(kind) for kind in range(kinds)])
+    epochs: dict[int, list[float]] = {}
+    last = 0.0
 
     def clock(report: Report) -> None:
-        seconds.append(report.seconds)
+        nonlocal last
+        epochs.setdefault(report.state.stage, []).append(report.seconds)
+        last = time.perf_counter()
 
-    training = Training(
-        2, batch, stage.lr, stage.momentum, stage.weight_decay, seed=seed, bf16=plan.bf16
-    )  # the first epoch warms up
-    identity: Callable[[Tensor], Tensor] = lambda x: x  # noqa: E731
-    state = fit(model, sample, recipe, training, [clock], known=torch.arange(len(sample)) % recipe.heads[0])  # made up
-    batches = train_batches(sample, state.targets, recipe, batch, seed)
-    half = torch.autocast(sample.device.type, torch.bfloat16, enabled=plan.bf16)
-    with half, torch.autograd.graph.saved_tensors_hooks(pack, identity):
-        state.network(next(iter(batches)).views)
-    weights = sum(p.nbytes for p in state.network.state_dict().values())
-    return weights, sum(kept.values()), seconds[-1]
+    with tempfile.TemporaryDirectory(prefix="deepcluster-") as folder, _silence():
+        out = Path(folder) / "run"
+        outputs.prepare(out)
+        data = {"source": "a sample", "cwd": folder, "data_root": None, "labels": "none", "n_images": len(sample),
+                "size": (plan.shape[-1], plan.shape[0]), "content": "", "signature": ""}  # fmt: skip
+        runs.describe(out, short, data, sample)
+        result = runs.train(short, data, sample, Job(out), None, known, hooks=(clock,))
+        ending, began = time.perf_counter() - last, time.perf_counter()
+        write_report(out, sample)
+        saved = (out / "checkpoints" / "last.pt").stat().st_size
+        rest = sum(f.stat().st_size for f in out.rglob("*") if f.suffix in (".safetensors", ".html"))
+        return _Found(epochs, (ending, time.perf_counter() - began), (saved, rest), result.classifier.dim)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    log = logging.getLogger("deepcluster")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _mb(n: float) -> str:

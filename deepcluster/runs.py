@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from deepcluster import __version__ as version
-from deepcluster import atomic, checkpoint, dist, doctor, dryrun, ending, evaluate, metrics, outputs
+from deepcluster import atomic, checkpoint, dist, doctor, ending, evaluate, metrics, outputs
 from deepcluster import edits as editing
 from deepcluster import plan as planning
 from deepcluster.classifier import Classifier, Spec
@@ -101,12 +101,17 @@ def begin(settings: Settings, X: Any, job: Job, y: Any = None, hooks: tuple[Call
             outputs.check(out, job.overwrite, reads(settings, X), mine=True)
             outputs.prepare(out)
             record.into(out / "train.log")
-            atomic.write_json(out / "env.json", doctor.environment())
-            outputs.write_skipped(out / "skipped.csv", store.skipped)
-            config = {"format": outputs.FORMAT, "version": version, "git": doctor.revision(), "data": data,
-                      "plan": plan.to_dict()}  # fmt: skip
-            atomic.write_json(out / "config.json", config)  # last: a run that has it can be gone on with
-        return _train(plan, data, store, job, evaluate.of_rows(true, store.rows), known, hooks=hooks)
+            describe(out, plan, data, store)
+        return train(plan, data, store, job, evaluate.of_rows(true, store.rows), known, hooks=hooks)
+
+
+def describe(out: Path, plan: Plan, data: dict[str, Any], store: Store) -> None:
+    """Write what a run is: env.json, skipped.csv and config.json."""
+    atomic.write_json(out / "env.json", doctor.environment())
+    outputs.write_skipped(out / "skipped.csv", store.skipped)
+    config = {"format": outputs.FORMAT, "version": version, "git": doctor.revision(), "data": data,
+              "plan": plan.to_dict()}  # fmt: skip
+    atomic.write_json(out / "config.json", config)  # last: a run that has it can be gone on with
 
 
 def resume(job: Job, device: str, labels: str | None = None, **instead: Any) -> Result:
@@ -154,21 +159,7 @@ def _go_on(
             record.into(out / "train.log")
         last = out / "checkpoints" / "last.pt"
         saved = checkpoint.read(last) if last.exists() else None
-        return _train(plan, data, store, job, true, known, saved, hooks)
-
-
-def dry_run(settings: Settings, X: Any, job: Job) -> list[str]:
-    """What a run would need and take, a line each; trains on a sample for some seconds, writes nothing."""
-    planning.check(settings)
-    if job.out is not None:
-        outputs.check(job.out, job.overwrite, reads(settings, X))
-    device = dist.setup(settings.device)
-    source = open_source(X, data_root=job.data_root)
-    evaluate.known_labels(settings, source.names, job.labels)
-    size, channels = choose_size(settings, source, device)
-    shape = (channels, size, size) if source.features is None else (channels,)
-    plan = planning.resolve(settings, len(source.names), shape, device)
-    return dryrun.lines(plan, source, device, job.workers)
+        return train(plan, data, store, job, true, known, saved, hooks)
 
 
 def report(
@@ -215,10 +206,11 @@ def _unchanged(store: Store, known: dict[str, str]) -> Store | None:
     return replace(store, rows=store.rows[kept], names=names, sha1=sha1) if kept else None
 
 
-def _train(
+def train(
     plan: Plan, data: dict[str, Any], store: Store, job: Job, true: np.ndarray | None, known: Known | None,
     saved: dict | None = None, hooks: tuple[Callable, ...] = (),
 ) -> Result:  # fmt: skip
+    """Train by the plan, from a checkpoint if there is one, and write the results to ``job.out`` if there is one."""
     began, out = time.perf_counter(), job.out
     learnt = {store.sha1[i] for i in np.flatnonzero(known.given)} if known else set()
     if known:

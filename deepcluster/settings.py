@@ -66,8 +66,8 @@ class Settings:
         number = isinstance(self.lr, (int, float)) and not isinstance(self.lr, bool)
         if self.lr != AUTO and not (number and 0 < self.lr <= sys.float_info.max):  # type: ignore[operator]
             raise ValueError(f"lr must be a number above 0 or auto; got {self.lr!r}")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
-            raise ValueError(f"seed must be a whole number of at least 0; got {self.seed!r}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1; got {self.seed!r}")
         if self.precision not in (AUTO, "fp32", "bf16"):
             raise ValueError(f"precision must be auto, fp32 or bf16; got {self.precision!r}")
         if self.preset not in ("default", "paper"):

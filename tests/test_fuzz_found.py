@@ -51,11 +51,13 @@ def test_json_nested_deeper_than_python_reads(tmp_path, monkeypatch, capfd):
     assert command(["fit", "one.npy", "--out", "new", "--set", "x=" + "[" * 100_000], capfd) == 2
 
 
-def test_a_dry_run_with_a_seed_of_any_size(tmp_path, monkeypatch, capfd):
+def test_seeds_up_to_the_largest_that_a_run_can_write_down(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     np.save("x.npy", np.random.default_rng(0).normal(size=(24, 5)))
-    argv = ["fit", "x.npy", "--dry-run", "--method", "uic", "--n-clusters", "2", "--epochs", "1", "--quiet"]
-    assert command([*argv, "--seed", str(2**64)], capfd) == 0
+    argv = ["fit", "x.npy", "--out", "run", "--method", "uic", "--n-clusters", "2", "--epochs", "1", "--quiet"]
+    assert command([*argv, "--seed", str(2**63)], capfd) == 2  # said before anything is trained
+    assert command([*argv, "--seed", str(2**63 - 1), "--dry-run"], capfd) == 0
+    assert command([*argv, "--seed", str(2**63 - 1)], capfd) == 0
 
 
 def test_libtiff_is_silent(capfd):

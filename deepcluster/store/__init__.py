@@ -42,6 +42,7 @@ class Store:
     skipped: list[tuple[str, str]]  # (name, reason): not found when listing, or not decoded
     device: torch.device
     place: str  # "device" | "memory" | "mmap"
+    source: Source | None = None  # whose item rows[i] image i is
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -97,6 +98,11 @@ def probe(source: Source, limit: int = 256) -> Probe:
     return Probe(height, width, max(channels for _, _, channels in seen))
 
 
+def memory_budget() -> int:
+    """Bytes of memory that images may take: a quarter of what is free."""
+    return (doctor.free_memory() or 4 << 30) // 4
+
+
 def open_store(
     source: Source,
     *,
@@ -122,7 +128,7 @@ def open_store(
         ValueError: not a single image can be decoded, or the cache cannot be written and memory does not suffice.
         OSError: the disk of the cache is full; the message says how much is needed.
     """
-    budget = (doctor.free_memory() or 4 << 30) // 4 if budget is None else budget
+    budget = memory_budget() if budget is None else budget
     if source.features is not None:
         return _feature_store(source, source.features, device, budget)
     shape = (len(source.names), channels, size, size)
@@ -180,7 +186,8 @@ def stream(
         blocks.append(block)
         last = first + sum(len(one.images) for one in blocks)
         if last - first >= rows or last == shape[0]:
-            here = replace(source, names=source.names[first:last], skipped=listed)
+            read = lambda i, first=first: source.read(first + i)  # noqa: E731
+            here = replace(source, names=source.names[first:last], read=read, skipped=listed)
             images, digests = (np.concatenate([one[i] for one in blocks]) for i in (0, 1))
             bad = [(i - first, reason) for one in blocks for i, reason in one.bad]
             yield _assemble(here, torch.from_numpy(images), digests, bad, device, "memory")
@@ -208,7 +215,7 @@ def _assemble(
     digits = digests[rows].tobytes().hex()
     sha1 = [digits[i : i + 40] for i in range(0, len(digits), 40)]
     names = [source.names[i] for i in rows] if bad else source.names
-    return Store(data.to(device) if place == "device" else data, rows, names, sha1, skipped, device, place)
+    return Store(data.to(device) if place == "device" else data, rows, names, sha1, skipped, device, place, source)
 
 
 def _place(size: int, device: torch.device, budget: int) -> str:

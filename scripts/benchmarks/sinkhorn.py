@@ -1,6 +1,5 @@
 """Balanced labels of a data set, beside the textbook's Sinkhorn on an (N, K) array of float64."""
 
-import resource
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, multiprocessing
 
 from benchmarks.common import CPU, Case, finished
+from deepcluster import doctor
 from deepcluster.assign import Balanced, _logits, hardened
 
 SIZES = ((10_000, 100), (100_000, 1000), (1_000_000, 1000))
@@ -78,7 +78,7 @@ def measured(name: str, n: int, k: int, device: torch.device, answer: Connection
         _, scale = run(x, head, strength)
         finished(device)
         seconds = time.perf_counter() - began
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        most = doctor.peak_memory() or 0
         error = off(x, head, strength, scale)
     if device.type == "cuda":
         most = torch.cuda.max_memory_allocated(device)
