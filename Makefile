@@ -26,7 +26,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/dev.stamp
+bench: $(VENV)/dev.stamp $(VENV)/bench.stamp
 	$(BIN)/python scripts/bench.py all $(ARGS)
 
 notebooks: $(VENV)/notebooks.stamp
