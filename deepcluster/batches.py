@@ -4,9 +4,10 @@ Everything is a function of (seed, epoch, step) and the targets, for the global 
 So the shuffle, the draws and the labels are the same for any number of ranks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -115,3 +116,16 @@ def uniform_over(labels: Tensor, n: int, rng: torch.Generator) -> Tensor:
     within = torch.arange(n) - (draws.cumsum(0) - draws).repeat_interleave(draws)
     ids = by_class[starts.repeat_interleave(draws) + within % counts.repeat_interleave(draws)]
     return ids[torch.randperm(n, generator=rng)]
+
+
+def joined(parts: Iterable[dict[str, np.ndarray]], n: int) -> dict[str, np.ndarray]:
+    """Batches of columns, one after the other, n rows in all."""
+    columns: dict[str, np.ndarray] = {}
+    row = 0
+    for part in parts:
+        for name, value in part.items():
+            if not row:  # once: small pieces that are kept would hold on to the memory of the large ones between them
+                columns[name] = np.empty((n, *value.shape[1:]), value.dtype)
+            columns[name][row : row + len(value)] = value
+        row += len(value)
+    return columns

@@ -27,11 +27,12 @@ whole, number, none, words = (int,), (int, float), (type(None),), (str,)
 DATA: dict[str, tuple[type, ...]] = {
     "source": words, "data_root": words + none, "labels": words, "size": (list,), "cwd": words, "n_images": whole,
     "content": words, "signature": words, "launch": words, "use_labels": (bool,), "n_labelled": whole,
-    "labels_sha1": words, "feature_names": (list,),
+    "labels_sha1": words, "feature_names": (list,), "chosen": (list,),
 }  # fmt: skip
 PLAN: dict[str, tuple[type, ...]] = {
     "stages": (list,), "n_clusters": whole, "backbone": words, "weights": words + none, "init_from": words + none,
     "shape": (list,), "seed": whole, "bf16": (bool,), "on_collapse": words, "checkpoint_every": words,
+    "auto_k": (bool,),
 }  # fmt: skip
 STAGE: dict[str, tuple[type, ...]] = {
     "method": words, "params": (dict,), "epochs": whole, "batch_size": whole, "lr": number, "momentum": number + none,
@@ -45,7 +46,8 @@ HEALTH: dict[str, tuple[type, ...]] = {"active": number + none, "nmi_previous": 
 STRINGS = (pa.string(), pa.large_string())
 COLUMNS: dict[str, Callable[[pa.DataType], bool]] = {
     **dict.fromkeys(("id", "size", "cluster", "second"), pa.types.is_integer),
-    **dict.fromkeys(("probability", "margin", "distance", "cohesion", "separation"), pa.types.is_floating),
+    **dict.fromkeys(("probability", "confidence", "margin", "distance"), pa.types.is_floating),
+    **dict.fromkeys(("cohesion", "separation"), pa.types.is_floating),
     **dict.fromkeys(("is_outlier", "is_junk", "is_representative", "given"), pa.types.is_boolean),
     **dict.fromkeys(("path", "sha1", "name", "look", "reason", "duplicate_of"), lambda of: of in STRINGS),
 }
@@ -172,6 +174,13 @@ def targets(labels: Tensor, partners: Tensor, like: Tensor, widths: Sequence[int
     beyond = any(not -1 <= int(own.min()) <= int(own.max()) < k for own, k in zip(labels, widths, strict=True))
     if beyond or (partners.numel() and not 0 <= int(partners.min()) <= int(partners.max()) < n):
         raise ValueError("it has labels or partners that there are none of")
+
+
+def seen(weights: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Room for a mean and a deviation of each channel that a model sees: three of grey images, if it was pretrained."""
+    mean = weights["backbone.network.0.mean" if "backbone.network.0.mean" in weights else "backbone.0.mean"]
+    colour = shape[0] == 1 and mean.shape == (3,)
+    return torch.zeros(3 if colour else shape[0]), torch.ones(3 if colour else shape[0])
 
 
 def built(file: Path, n_clusters: Any, build: Callable[[], Made]) -> Made:

@@ -4,7 +4,7 @@ Shapes: B or N images, D features, K clusters of the head, K' ids: K and those t
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,16 +16,17 @@ from safetensors.torch import load as deserialise
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from deepcluster import atomic, checked, edits, metrics
+from deepcluster import atomic, checked, confidence, edits, frozen, metrics
 from deepcluster.backbones import make_backbone
-from deepcluster.batches import eval_batches
+from deepcluster.batches import eval_batches, joined
 from deepcluster.edits import Step, distance
 from deepcluster.model import HEADS
 from deepcluster.store import Store
 
 FORMAT = 1
 ROWS = 512  # images at a time
-COLUMNS = ("cluster", "probability", "second", "margin", "distance", "is_outlier")
+COLUMNS = ("cluster", "probability", "second", "margin", "distance", "is_outlier", "confidence")
+MEASURED = ("centroids", "reach", "certainty")  # of the clusters, anew after each edit
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Spec:
     n_clusters: int
     version: str
     format: int = FORMAT
+    frozen: int = 0  # what heads see of a network that stays as it was has so many dimensions; 0: it was trained
 
 
 class Classifier(nn.Module):
@@ -47,6 +49,7 @@ class Classifier(nn.Module):
         order: (K,) cluster c is output ``order[c]`` of the head.
         centroids: (K', D) mean unit feature of each cluster.
         reach: (K',) distance beyond which an image of this cluster is an outlier.
+        certainty: (K',) what confidence in a cluster depends on; zeros of models of before there was any.
         names: K', "" until somebody names a cluster.
         junk: ids that somebody marked as junk.
         steps: the edits, in order.
@@ -59,9 +62,11 @@ class Classifier(nn.Module):
         self.order: Tensor
         self.centroids: Tensor
         self.reach: Tensor
+        self.certainty: Tensor
         self.register_buffer("order", torch.arange(k))
         self.register_buffer("centroids", torch.zeros(k, dim))
         self.register_buffer("reach", torch.full((k,), float("inf")))
+        self.register_buffer("certainty", torch.zeros(k))
         self.first_names = [""] * k
         self.steps: list[Step] = []
         self.trained: dict[str, Tensor] = {}  # centroids and reach before the first edit
@@ -80,6 +85,11 @@ class Classifier(nn.Module):
     def names(self) -> list[str]:
         """Of every id; "" without a name."""
         return self.ids.names
+
+    @property
+    def measured(self) -> dict[str, Tensor]:
+        """MEASURED."""
+        return {name: getattr(self, name) for name in MEASURED}
 
     @property
     def junk(self) -> set[int]:
@@ -130,6 +140,7 @@ class Classifier(nn.Module):
         for part, which, here in zip(self._parts(features), cluster.split(ROWS), far.split(ROWS), strict=True):
             here.copy_(distance(F.normalize(part, dim=1), self.centroids[which]))
         self.reach = torch.from_numpy(metrics.fences(far.cpu().numpy(), cluster.cpu().numpy(), k)).to(device)
+        self.certainty = confidence.measure(features, cluster, self.centroids)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, C, H, W) in [0, 1], or vectors (B, D) -> features (B, D), probabilities (B, K'), ids (B,)."""
@@ -156,16 +167,17 @@ class Classifier(nn.Module):
         best = others.max(1)
         alone = best.values < 0
         far = distance(F.normalize(features, dim=1), self.centroids[cluster])
+        sure = confidence.of(features, cluster, self.centroids, self.certainty)
         second = torch.where(alone, -1, best.indices)
         margin = torch.where(alone, own, own - best.values)
-        columns = (cluster, own, second, margin, far, far > self.reach[cluster])
+        columns = (cluster, own, second, margin, far, far > self.reach[cluster], sure)
         return {name: column.cpu().numpy() for name, column in zip(COLUMNS, columns, strict=True)}
 
     @torch.no_grad()
     def describe(self, features: np.ndarray) -> dict[str, np.ndarray]:
         """COLUMNS, and ``features`` themselves, of images whose features (N, D) are there already."""
         parts = (self._columns(part, *self.judge(part)) for part in self._parts(features))
-        return {**_joined(parts, len(features)), "features": features}
+        return {**joined(parts, len(features)), "features": features}
 
     @torch.no_grad()
     def stream(self, store: Store, batch_size: int = ROWS) -> Iterator[dict[str, np.ndarray]]:
@@ -174,14 +186,15 @@ class Classifier(nn.Module):
         Yields:
             For each batch, arrays of B: ``cluster`` int64, ``probability`` of it, ``second`` most likely cluster (-1
             if there is no other), ``margin`` between the two probabilities (negative only where an edit moved the
-            image), cosine ``distance`` in [0, 2] to the cluster's mean, ``is_outlier``; ``probabilities`` (B, K') and
-            ``features`` (B, D) float32.
+            image), cosine ``distance`` in [0, 2] to the cluster's mean, ``is_outlier``, ``confidence`` in [0, 1];
+            ``probabilities`` (B, K') and ``features`` (B, D) float32.
 
         Raises:
             ValueError: the images have another shape than those it was trained on.
         """
         if store.shape != self.spec.shape:
             raise ValueError(f"the model was trained on images of shape {self.spec.shape}; got {store.shape}")
+        batch_size = min(batch_size, frozen.ROWS) if self.spec.frozen else batch_size
         for images in eval_batches(store, batch_size=batch_size, shard=False):
             n = len(images)
             if images.ndim == 2:  # a small batch is summed in another order; vectors are cheap enough to fill it up
@@ -196,7 +209,7 @@ class Classifier(nn.Module):
     ) -> dict[str, np.ndarray]:
         """The named columns of ``stream`` for all images of a store."""
         parts = ({name: found[name] for name in columns} for found in self.stream(store, batch_size))
-        return _joined(parts, len(store))
+        return joined(parts, len(store))
 
     def edit(self, features: np.ndarray, step: Step) -> dict[str, np.ndarray]:
         """Change the clusters, measure them anew on the features (N, D) of the training images; gives ``describe``.
@@ -216,13 +229,13 @@ class Classifier(nn.Module):
         return self.describe(features)
 
     def _set(self, steps: Sequence[Step], features: np.ndarray) -> None:
-        self.trained = self.trained or {"centroids": self.centroids, "reach": self.reach}
+        self.trained = self.trained or self.measured
         self.steps = list(steps)
         self._count()
         if self.steps:
             self._measure(features)
         else:
-            self.centroids, self.reach = self.trained["centroids"], self.trained["reach"]
+            self.centroids, self.reach, self.certainty = (self.trained[name] for name in MEASURED)
 
     def split(self, features: np.ndarray, cluster: int, parts: int) -> edits.Split:
         """The edit that splits a cluster by the features (N, D) of the training images; raises as ``edits.split``."""
@@ -246,8 +259,7 @@ class Classifier(nn.Module):
 
     def edit_files(self) -> dict[str, bytes]:
         """What changes with an edit: the names, and the edits themselves, an empty log if all were undone."""
-        measured = {"centroids": self.centroids, "reach": self.reach}
-        packed = edits.pack(self.first_names, self.steps, measured)
+        packed = edits.pack(self.first_names, self.steps, self.measured)
         return {"names.json": (json.dumps(self.names, indent=2) + "\n").encode(), "edits.safetensors": packed}
 
     @classmethod
@@ -260,21 +272,24 @@ class Classifier(nn.Module):
         try:
             config = checked.version(json.loads((folder / "config.json").read_text(encoding="utf-8")), FORMAT)
             spec = Spec(**{**config, "shape": checked.shape(config["shape"])})
+            weights = deserialise((folder / "model.safetensors").read_bytes())
 
             def build() -> Classifier:
-                backbone, dim = make_backbone(spec.backbone, spec.shape)
+                made = make_backbone(spec.backbone, spec.shape, *checked.seen(weights, spec.shape), follows=True)
+                backbone, dim = frozen.around(*made, spec.frozen)
                 return cls(spec, backbone, HEADS[spec.head](dim, spec.n_clusters), dim)  # type: ignore[arg-type]
 
             self = checked.built(folder / "model.safetensors", spec.n_clusters, build)
-            self.load_state_dict(deserialise((folder / "model.safetensors").read_bytes()))
+            self.load_state_dict({"certainty": self.certainty, **weights})
             names = json.loads((folder / "names.json").read_text(encoding="utf-8"))
             if (folder / "edits.safetensors").exists():
-                self.trained = {"centroids": self.centroids, "reach": self.reach}
+                self.trained = self.measured
                 names, self.steps, measured = edits.unpack(folder / "edits.safetensors")
                 self.centroids, self.reach = measured["centroids"], measured["reach"]
+                self.certainty = measured.get("certainty", torch.zeros(len(self.reach)))
             self.first_names = [str(name) for name in names]
             self._count()
-            if self.centroids.shape != (self.n_clusters, self.dim) or self.reach.shape != (self.n_clusters,):
+            if [one.shape for one in self.measured.values()] != [(k := self.n_clusters, self.dim), (k,), (k,)]:
                 raise ValueError("its names or edits belong to another model")
             self.judge(torch.zeros(1, self.dim))  # so do edits of another width
         except FileNotFoundError as error:
@@ -283,16 +298,3 @@ class Classifier(nn.Module):
             reason = " ".join((str(error) or type(error).__name__).split())[:200]
             raise ValueError(f"cannot read the model in {folder}: {reason}") from error
         return self.to(device)
-
-
-def _joined(parts: Iterable[dict[str, np.ndarray]], n: int) -> dict[str, np.ndarray]:
-    """Batches of columns, one after the other, n rows in all."""
-    columns: dict[str, np.ndarray] = {}
-    row = 0
-    for part in parts:
-        for name, value in part.items():
-            if not row:  # once: small pieces that are kept would hold on to the memory of the large ones between them
-                columns[name] = np.empty((n, *value.shape[1:]), value.dtype)
-            columns[name][row : row + len(value)] = value
-        row += len(value)
-    return columns

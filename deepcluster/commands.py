@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deepcluster import options
+from deepcluster import counting, options
 from deepcluster.terminal import visible
 
 
@@ -46,6 +46,13 @@ def _fit(args: argparse.Namespace) -> None:
         print("\n".join(dryrun.lines(model._settings(), args.source, model._job(**job))))
         return
     _say(model._fit(args.source, **job), args.out)
+
+
+def _cluster(args: argparse.Namespace) -> None:
+    from deepcluster import choosing
+
+    choosing.fill(args)
+    _fit(args)
 
 
 def _say(model: Any, out: str) -> None:
@@ -86,7 +93,7 @@ def _demo(args: argparse.Namespace) -> None:
 def _predict(args: argparse.Namespace) -> None:
     import pyarrow.parquet as pq
 
-    from deepcluster import atomic, outputs, results
+    from deepcluster import atomic, confidence, outputs, results
     from deepcluster.classifier import COLUMNS
     from deepcluster.estimator import load
 
@@ -102,6 +109,7 @@ def _predict(args: argparse.Namespace) -> None:
     if out.exists() and not results.is_predictions(out):
         raise ValueError(f"--out {args.out} is there and holds no predictions, so it is kept; give --out another name")
     outputs.check_folder(out.parent)
+    abstain = confidence.check(args.abstain)
     model = load(args.run, args.device)
     model.quiet = args.quiet
     classifier, n, skipped, writer = model.classifier_, 0, [], None
@@ -112,7 +120,7 @@ def _predict(args: argparse.Namespace) -> None:
             skipped += store.skipped
             if len(store):
                 found = classifier.predict(store, COLUMNS)
-                table = results.images(found, store.names, store.sha1, classifier)
+                table = results.images(found, store.names, store.sha1, classifier, abstain)
                 writer = writer or pq.ParquetWriter(file, table.schema)
                 writer.write_table(table)
                 n += len(store)
@@ -127,7 +135,7 @@ def _predict(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     import numpy as np
 
-    from deepcluster import evaluate, outputs, probe
+    from deepcluster import evaluate, outputs, probe, reliability
     from deepcluster.estimator import load
     from deepcluster.sources import open_source
 
@@ -143,18 +151,19 @@ def _evaluate(args: argparse.Namespace) -> None:
     model.quiet = args.quiet
     table = model.image_info()
     if args.source:
-        wanted = ("cluster", "features") if args.probe else ("cluster",)
+        wanted = ("cluster", "confidence", *(("features",) if args.probe else ()))
         names, sha1, parts = [], [], []
         for store in model._parts(args.source, args.data_root):
             names += store.names
             sha1 += store.sha1
             parts += [model.classifier_.predict(store, wanted)] if len(store) else []
         found = {name: np.concatenate([part[name] for part in parts]) for name in wanted}
-        cluster, features = found["cluster"], found.get("features", np.empty(0))
+        cluster, sure, features = found["cluster"], found["confidence"], found.get("features", np.empty(0))
     else:
         outputs.check_unchanged(opened, data)
         names, cluster, sha1 = table["path"].to_pylist(), table["cluster"].to_numpy(), table["sha1"].to_pylist()
         features = model.embedding_ if args.probe else np.empty(0)
+        sure = model._found().get("confidence", np.full(len(table), np.nan))  # or older
     position = {name: i for i, name in enumerate(opened.names)}
     kept = [position.get(name, -1) for name in names]
     if min(kept) < 0:
@@ -167,7 +176,9 @@ def _evaluate(args: argparse.Namespace) -> None:
         raise ValueError(
             f"every label of {opened.location} in --labels {labels} was given to training; give a file with others"
         )
-    scores = evaluate.scores(cluster, true, config["plan"].n_clusters)
+    n_clusters = model.classifier_.n_clusters if config["plan"].auto_k else config["plan"].n_clusters
+    scores = evaluate.scores(cluster, true, n_clusters)
+    scores |= reliability.draw(Path(args.run), sure, cluster, true)
     if learnt:
         scores["n_given_left_out"] = int((known >= 0).sum() - (true >= 0).sum())
     if args.probe is not None:
@@ -266,9 +277,11 @@ def _doctor(args: argparse.Namespace) -> None:
 
 COMMANDS = {
     "fit": _fit,
+    "cluster": _cluster,
     "demo": _demo,
     "predict": _predict,
     "evaluate": _evaluate,
+    "advise": counting.advise,
     "export": _export,
     "report": _report,
     "merge": _merge,
@@ -277,6 +290,8 @@ COMMANDS = {
     "junk": _junk,
     "reduce-outliers": _reduce_outliers,
     "undo": _undo,
+    "k": counting.k,
+    "recut": counting.recut,
     "methods": _methods,
     "doctor": _doctor,
 }

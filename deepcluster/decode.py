@@ -156,6 +156,25 @@ def header(data: Item) -> tuple[int, int, int]:
         raise BadImage(_reason(error)) from None
 
 
+def about(data: bytes | os.PathLike) -> tuple[int, int, str, str, str]:
+    """(width, height, format, camera, time it was taken) of one image by its header, "" where that is silent.
+
+    Raises:
+        BadImage: as ``header``.
+    """
+    try:
+        if not isinstance(data, bytes):
+            _check_file(data)
+        with contextlib.nullcontext(data) if isinstance(data, bytes) else Path(data).open("rb") as file:
+            image = _open(file)
+            exif = Image.Exif() if isinstance(image, PngImageFile) and "exif" not in image.info else image.getexif()
+            tags = exif.get(0x010F), exif.get(0x0110), exif.get_ifd(0x8769).get(0x9003) or exif.get(0x0132)
+            maker, model, taken = (str(tag or "").strip("\0 ")[:80] for tag in tags)
+            return *_describe(image)[:2], str(image.format), f"{maker} {model}".strip(), taken
+    except Exception as error:  # as in decode
+        raise BadImage(_reason(error)) from None
+
+
 def picture(path: str | os.PathLike) -> Image.Image:
     """The image in a file as RGB, for code of others that would try every format and any size; raises as ``header``."""
     try:

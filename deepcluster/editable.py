@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 from sklearn.utils.validation import check_is_fitted
 
-from deepcluster import atomic, edits, outputs, results, runs
-from deepcluster.classifier import COLUMNS, Classifier
+from deepcluster import atomic, decisions, edits, outputs, recut, results, runs
+from deepcluster.classifier import COLUMNS, MEASURED, Classifier
+from deepcluster.howmany import Evidence, evidence
 from deepcluster.plan import Plan
 
 Self = TypeVar("Self", bound="Editable")
@@ -98,7 +99,25 @@ class Editable:
 
     def apply_decisions(self: Self, path: str | os.PathLike) -> Self:
         """Make the edits that were chosen on the report page and downloaded from it as decisions.json."""
-        return self._apply(edits.decisions(Path(path), results.identity(self._images())))
+        return self._apply(decisions.read(Path(path), results.identity(self._images())))
+
+    def recut(self: Self, k: int) -> Self:
+        """Make ``k`` clusters of all images, numbered by size, by the merge tree over their features: no training.
+
+        Earlier edits are set aside, as are names; ``undo`` brings them back.
+
+        Raises:
+            ValueError: the tree cannot be cut into so many.
+        """
+        features, (k,) = self.embedding_, _ids([k])
+        return self._edit(recut.cut(self.k_evidence(), k, features))
+
+    def k_evidence(self, low: int | None = None, high: int | None = None) -> Evidence:
+        """What speaks for each number of clusters from ``low``, 2, to ``high``, 60: see ``howmany.evidence``."""
+        features, seed = self.embedding_, self.plan_.seed
+        if self._run:
+            return recut.evidence_of(self._run, low, high, seed)
+        return evidence(features, low=low or 2, high=high, seed=seed, cosine=True)
 
     def undo(self: Self) -> Self:
         """Take the last edit back. Every edit is kept, so all can be taken back, one after the other."""
@@ -138,7 +157,8 @@ class Editable:
         return self._table
 
     def _found(self) -> dict[str, np.ndarray]:
-        return {name: self._images().column(name).to_numpy() for name in COLUMNS}
+        table = self._images()
+        return {name: table.column(name).to_numpy() for name in COLUMNS if name in table.column_names}  # or older
 
     def _edit(self: Self, *made: edits.Edit) -> Self:
         return self._apply(edits.Step(made)) if made else self
@@ -146,7 +166,7 @@ class Editable:
     def _apply(self: Self, step: edits.Step | None) -> Self:
         """Take one step of edits, or the last one back; in the run directory too, if there is one."""
         table, features, classifier = self._images(), self.embedding_, self.classifier_
-        before = {name: getattr(classifier, name) for name in ("steps", "ids", "centroids", "reach", "trained")}
+        before = {name: getattr(classifier, name) for name in ("steps", "ids", *MEASURED, "trained")}
         try:
             with results.editing(self._run, classifier) if self._run else contextlib.nullcontext():
                 found = classifier.edit(features, step) if step else classifier.undo(features)

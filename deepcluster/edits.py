@@ -8,7 +8,6 @@ Shapes: B images, D features, K ids so far.
 """
 
 import json
-import operator
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -192,7 +191,35 @@ class Junk(Edit):
         (ids.junk.add if self.junk else ids.junk.discard)(self.cluster)
 
 
-KINDS: dict[str, type[Edit]] = {kind.__name__.lower(): kind for kind in (Merge, Split, Nearest, Name, Junk)}
+@dataclass(frozen=True)
+class Recut(Edit):
+    """All clusters anew: ``groups`` (M,), 0 to k - 1, of small clusters with ``centroids`` (M, D); see ``recut``.
+
+    An image belongs to a small cluster with a probability in proportion to exp(``scale`` * cosine), to a group with the
+    sum of these. Ids, names and junk begin anew; those of before are back when it is undone.
+    """
+
+    centroids: Tensor
+    groups: tuple[int, ...]
+    scale: float
+    tensors: ClassVar[tuple[str, ...]] = ("centroids",)
+
+    def record(self, ids: Ids) -> None:
+        """As many ids as there are groups."""
+        if not self.groups or set(self.groups) != set(range(len(set(self.groups)))):
+            raise ValueError("the groups of a cut must be numbered 0, 1, 2 and so on")
+        ids.total = max(self.groups) + 1
+        ids.names, ids.gone, ids.junk = [""] * ids.total, set(), set()
+
+    def apply(self, unit: Tensor, cluster: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        """As described above."""
+        near = (self.scale * unit @ F.normalize(self.centroids.to(unit.device), dim=1).T).softmax(1)
+        to = torch.tensor(self.groups, device=unit.device)
+        p = near.new_zeros(near.shape[0], max(self.groups) + 1).index_add(1, to, near)
+        return p.argmax(1), p
+
+
+KINDS: dict[str, type[Edit]] = {kind.__name__.lower(): kind for kind in (Merge, Split, Nearest, Name, Junk, Recut)}
 
 
 @dataclass(frozen=True)
@@ -219,34 +246,6 @@ def ids_after(names: Sequence[str], steps: Iterable[Step]) -> Ids:
 def distance(unit: Tensor, centroids: Tensor) -> Tensor:
     """(B,) cosine distance of unit features to centroids (B, D)."""
     return 1 - (unit * F.normalize(centroids, dim=1)).sum(1)
-
-
-def decisions(file: Path, of: str = "") -> Step:
-    """What was decided on the report page: the file it offers for download.
-
-    Raises:
-        ValueError: it cannot be read, is no such file, or belongs to another state than ``of``.
-    """
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        merges = [Merge(tuple(map(operator.index, group))) for group in found.get("merge", [])]
-        gone = {c: min(merge.clusters) for merge in merges for c in merge.clusters}
-        names = {int(c): str(name) for c, name in found.get("names", {}).items()}
-        named = {gone.get(c, c): name for c, name in sorted(names.items(), reverse=True) if name or c not in gone}
-        junk = sorted({gone.get(c, c) for c in map(operator.index, found.get("junk", []))})
-        if found.get("format", FORMAT) > FORMAT:
-            raise ValueError(f"it has format {found['format']}, this version reads {FORMAT}; upgrade deepcluster")
-    except OSError as error:
-        raise ValueError(f"cannot read {file}: {str(error.strerror).lower()}") from None
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"cannot read the decisions in {file}: {' '.join(str(error).split())[:120]}") from None
-    made = (*merges, *(Name(c, name) for c, name in sorted(named.items())), *map(Junk, junk))
-    if of and found.get("of", of) != of:
-        raise ValueError(f"{file} was decided on the report of another run, or before the last edit; write the report "
-                         "anew and decide there")  # fmt: skip
-    if not made:
-        raise ValueError(f"there are no decisions in {file}: no names, merges or junk")
-    return Step(made)
 
 
 def pack(names: Sequence[str], steps: Sequence[Step], measured: dict[str, Tensor]) -> bytes:

@@ -15,10 +15,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from deepcluster import dist, oddities, outputs, results
+from deepcluster import dist, oddities, outputs, recut, results
 from deepcluster.classifier import ROWS, Classifier, Spec
-from deepcluster.edits import Step
+from deepcluster.edits import Recut, Step
 from deepcluster.evaluate import Known
+from deepcluster.howmany import SAMPLE
 from deepcluster.model import Model
 from deepcluster.store import Store
 
@@ -28,7 +29,7 @@ PIECE = 1 << 26  # bytes that are sent at a time
 @torch.no_grad()
 def finish(
     model: Model, head: int, spec: Spec, store: Store, out: Path | None = None, known: Known | None = None,
-    steps: Sequence[Step] = (),
+    steps: Sequence[Step] = (), vectors: Store | None = None, auto_k: int | None = None,
 ) -> tuple[Classifier, pa.Table, np.ndarray]:  # fmt: skip
     """Label the training images by one head of a trained model; called by all ranks, and all get the same.
 
@@ -40,6 +41,8 @@ def finish(
         out: run directory; rank 0 writes the model, the features and the tables there.
         known: the labels that were given to training.
         steps: edits that were made already.
+        vectors: the features of these images, where they are there already.
+        auto_k: seed, if the clusters are to be cut into as many as the features show, unless there are ``steps``.
 
     Returns:
         The classifier, assignments.parquet, and the features (N, D) float32. These have no rows with a run directory,
@@ -51,8 +54,11 @@ def finish(
     classifier = Classifier(spec, model.backbone, model.heads[head], model.dim).to(store.device)
     names = known.names if known else ()
     _share(classifier)
-    features = _features(classifier, store, out)
+    features = _features(classifier, store, vectors, out)
     table = None
+    if auto_k is not None and not steps:
+        made = _cut(outputs.read_features(out) if out else features, store, out, auto_k) if dist.is_main() else None
+        steps = [recut.shared(made, store.device)]
     if dist.is_main():
         found = classifier.sort(outputs.read_features(out) if out else features, names, steps)
         columns = _seen(store, found, classifier, known)
@@ -67,15 +73,23 @@ def finish(
     return classifier, _sent(table, store), features
 
 
+def _cut(features: np.ndarray, store: Store, out: Path | None, seed: int) -> Recut:
+    """As many clusters as there are."""
+    some = torch.from_numpy(np.linspace(0, len(store) - 1, min(len(store), SAMPLE)).astype(np.int64))
+    seen = store.take(some).float().cpu().numpy() if len(store.shape) == 1 else None
+    return recut.first(features, out, seed, seen)
+
+
 def _share(classifier: Classifier) -> None:
     """Rank 0's weights and measurements on every rank."""
     for mine in (*classifier.state_dict().values(), *classifier.trained.values()):
         mine.copy_(dist.from_main(mine.contiguous()))
 
 
-def _features(classifier: Classifier, store: Store, out: Path | None) -> np.ndarray:
+def _features(classifier: Classifier, store: Store, vectors: Store | None, out: Path | None) -> np.ndarray:
     """(N, D) features on every rank, or (0, D) where they are written to a run directory."""
-    blocks, shape = _blocks(classifier, store), (len(store), classifier.dim)
+    shape = (len(store), classifier.dim)
+    blocks = (part.cpu().numpy() for part in vectors.data.split(ROWS)) if vectors else _blocks(classifier, store)
     if out and dist.is_main():
         results.write_features(out, blocks, shape)
     features, row = np.empty((0, classifier.dim) if out else shape, np.float32), 0

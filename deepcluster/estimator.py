@@ -12,7 +12,7 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Cluster
 from sklearn.utils import Tags, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from deepcluster import dist, metrics, outputs, results, runs
+from deepcluster import confidence, dist, metrics, outputs, results, runs
 from deepcluster import plan as planning
 from deepcluster.classifier import Classifier
 from deepcluster.editable import Editable
@@ -31,7 +31,7 @@ class DeepCluster(Editable, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Trans
 
     Parameters are those of ``settings.Settings``, under scikit-learn's names, and
 
-    n_clusters : int, default=10
+    n_clusters : int or "auto", default=10
         1 is allowed, for the sake of searches that begin there: two clusters are trained, and merged.
     random_state : int, RandomState or None, default=0
         None draws a new seed for every fit.
@@ -72,7 +72,7 @@ class DeepCluster(Editable, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Trans
 
     def __init__(
         self,
-        n_clusters: int = 10,
+        n_clusters: int | str = 10,
         *,
         method: str = AUTO,
         preset: str = "default",
@@ -80,6 +80,8 @@ class DeepCluster(Editable, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Trans
         backbone: str = AUTO,
         weights: str | None = None,
         init_from: str | None = None,
+        frozen: bool | str = AUTO,
+        tune_last: int = 0,
         image_size: int | str = AUTO,
         epochs: int | str = AUTO,
         batch_size: int | str = AUTO,
@@ -102,6 +104,8 @@ class DeepCluster(Editable, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Trans
         self.backbone = backbone
         self.weights = weights
         self.init_from = init_from
+        self.frozen = frozen
+        self.tune_last = tune_last
         self.image_size = image_size
         self.epochs = epochs
         self.batch_size = batch_size
@@ -211,20 +215,23 @@ class DeepCluster(Editable, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Trans
         device, progress = self.classifier_.order.device, self._job().progress
         return stream(source, size=shape[-1], channels=shape[0], device=device, progress=progress)
 
-    def _predict(self, X: Any, column: str) -> np.ndarray:
-        return np.concatenate([self.classifier_.predict(s, (column,))[column] for s in self._parts(X) if len(s)])
+    def _predict(self, X: Any, *columns: str) -> list[np.ndarray]:
+        found = [self.classifier_.predict(s, columns) for s in self._parts(X) if len(s)]
+        return [np.concatenate([part[name] for part in found]) for name in columns]
 
-    def predict(self, X: Any) -> np.ndarray:
-        """(n_images,) int64 cluster of each readable image."""
-        return self._predict(X, "cluster")
+    def predict(self, X: Any, abstain: float = 0.0) -> np.ndarray:
+        """(n_images,) int64 cluster of each readable image; -1 for images of less confidence than ``abstain``."""
+        least = confidence.check(abstain)
+        cluster, sure = self._predict(X, "cluster", "confidence")
+        return confidence.kept(cluster, sure, least)
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """(n_images, n_ids) float32 probability of each cluster; ids that a merge took away have none."""
-        return self._predict(X, "probabilities")
+        return self._predict(X, "probabilities")[0]
 
     def transform(self, X: Any) -> np.ndarray:
         """(n_images, n_features) float32 features."""
-        return self._predict(X, "features")
+        return self._predict(X, "features")[0]
 
     def score(self, X: Any, y: Any = None) -> float:
         """Larger is better: accuracy against ``y``, or without it, how clearly images belong to their clusters.

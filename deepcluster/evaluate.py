@@ -160,7 +160,7 @@ def known_labels(settings: Settings, names: Sequence[str], given: str | Iterable
         ValueError: a row names no image, or an image has two labels: learning from a wrong file would be silent harm;
             there is not one value an image; the number of labels is not ``n_clusters``.
     """
-    return _known(given, names, settings.n_clusters) if settings.use_labels else None
+    return _known(given, names, int(settings.n_clusters)) if settings.use_labels else None
 
 
 def _known(given: str | Iterable[Any], names: Sequence[str], n_clusters: int) -> Known:

@@ -13,7 +13,8 @@ from deepcluster import __version__
 from deepcluster.settings import Settings
 
 EDITS = ("merge", "split", "name", "junk", "reduce-outliers", "undo")
-COMMANDS = ("demo", "fit", "predict", "evaluate", "export", "report", *EDITS, "methods", "doctor")
+RUNS = ("demo", "fit", "cluster")
+COMMANDS = (*RUNS, "predict", "evaluate", "advise", "export", "report", *EDITS, "k", "recut", "methods", "doctor")
 FORMATS = ("npy", "parquet", "safetensors", "model", "onnx", "folders", "projector")
 NAMES = [f.name for f in fields(Settings)]
 
@@ -62,32 +63,10 @@ def parser(description: str) -> Parser:
         return commands.add_parser(name, parents=[common], help=says, description=says, allow_abbrev=False)
 
     fit = command("fit", "cluster a source; writes a run directory")
-    fit.add_argument(
-        "source", nargs="?", metavar="SOURCE", help="folder, glob, list, .npy, Parquet, tar, digits, torchvision:NAME"
-    )
-    fit.add_argument("--out", metavar="RUN", help="run directory; must be new or empty")
-    fit.add_argument("--overwrite", action="store_true", help="replace an earlier run in RUN")
-    fit.add_argument("--resume", metavar="RUN", help="go on with a run that was stopped")
-    fit.add_argument(
-        "--labels", metavar="FILE.csv", help="known labels, for scores: auto (default), none, a file; see --use-labels"
-    )
-    fit.add_argument("--config", metavar="FILE.json", help="options as a JSON object; flags given here win")
-    fit.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the method")
-    fit.add_argument("--workers", type=int, metavar="N", help="threads that decode images; default one a processor")
-    fit.add_argument("--dry-run", action="store_true", help="print what memory, disk and time it would take, and stop")
-    says = dict(re.findall(r"^ +(\w+): (.+)$", inspect.getdoc(Settings) or "", re.M))
-    kinds = {"int | str": _number_or_auto(int), "float | str": _number_or_auto(float), "<class 'int'>": int}
-    for f in fields(Settings):
-        if isinstance(f.default, bool):  # None, not False: whether it was given has to be seen
-            fit.add_argument("--" + f.name.replace("_", "-"), action="store_true", default=None, help=says[f.name])
-        elif f.name != "params":
-            metavar = {"init_from": "RUN", "weights": "FILE"}.get(f.name, f.name.split("_")[-1].upper())
-            default = "" if f.default is None else f" (default {f.default})"
-            flag = "--" + f.name.replace("_", "-")
-            fit.add_argument(
-                flag, type=kinds.get(str(f.type), str), metavar=metavar, help=says[f.name].rstrip(".") + default
-            )
-
+    _run(fit)
+    best = command("cluster", "the best clusters of a pretrained backbone's features; several methods are tried")
+    _run(best)
+    best.set_defaults(method="best")
     demo = command("demo", "cluster scikit-learn's digits in a minute")
     demo.add_argument("--out", metavar="RUN", default="runs/demo", help="run directory (default runs/demo)")
     demo.add_argument("--overwrite", action="store_true", help="replace an earlier run in RUN")
@@ -97,6 +76,9 @@ def parser(description: str) -> Parser:
     predict.add_argument("source", metavar="SOURCE")
     predict.add_argument("--out", required=True, metavar="FILE.parquet")
     predict.add_argument("--device", default="auto")
+    predict.add_argument(
+        "--abstain", type=float, default=0.0, metavar="LEAST", help="cluster -1 for images of less confidence, e.g. 0.8"
+    )
 
     evaluate = command("evaluate", "scores against known labels, as one JSON object")
     evaluate.add_argument("run", metavar="RUN")
@@ -104,6 +86,12 @@ def parser(description: str) -> Parser:
     evaluate.add_argument("--labels", default="auto", metavar="FILE.csv", help="auto (the source's own) or a file")
     evaluate.add_argument("--probe", metavar="KINDS", help="what the features are worth: linear, knn or linear,knn")
     evaluate.add_argument("--device", default="auto")
+
+    advise = command("advise", "which of the backbones at hand fits these images, judged without labels")
+    advise.add_argument("source", metavar="SOURCE")
+    advise.add_argument("--backbone", action="append", default=[], metavar="NAME[=FILE]", help="another to judge")
+    advise.add_argument("--n", type=int, default=2000, metavar="N", help="images to look at (default 2000)")
+    advise.add_argument("--device", default="auto")
 
     export = command("export", "features, model or images of a run, for other tools")
     export.add_argument("run", metavar="RUN")
@@ -132,12 +120,55 @@ def parser(description: str) -> Parser:
     edit["junk"].add_argument("clusters", metavar="CLUSTER", type=int, nargs="+")
     edit["junk"].add_argument("--off", action="store_true", help="take the mark away")
 
+    k = command("k", "how many clusters there are, with the evidence")
+    k.add_argument("source", metavar="SOURCE|RUN", help="features, a finished run, or images with --backbone")
+    k.add_argument("--min", type=int, default=2, metavar="K", help="smallest number looked at (default 2)")
+    k.add_argument("--max", type=int, metavar="K", help="largest number looked at (default 60)")
+    k.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    k.add_argument("--backbone", metavar="BACKBONE", help="of images: a pretrained network, as in fit")
+    k.add_argument("--weights", metavar="FILE", help="its weights")
+    k.add_argument("--seed", type=int, default=0, metavar="SEED")
+    recut = command("recut", "another number of clusters, without training")
+    recut.add_argument("run", metavar="RUN")
+    recut.add_argument("--k", type=int, required=True, metavar="K")
+
     command("methods", "every method and its parameters")
     command("doctor", "versions, devices, what is missing")
     Parser.flags = frozenset(
         s for p in (main, *commands.choices.values()) for a in p._actions for s in a.option_strings
     )
     return main
+
+
+def _run(one: Parser) -> None:
+    """What begins a run is told: those of ``fit`` and of ``cluster`` are the same."""
+    one.add_argument(
+        "source", nargs="?", metavar="SOURCE", help="folder, glob, list, .npy, Parquet, tar, digits, torchvision:NAME"
+    )
+    one.add_argument("--out", metavar="RUN", help="run directory; must be new or empty")
+    one.add_argument("--overwrite", action="store_true", help="replace an earlier run in RUN")
+    one.add_argument("--resume", metavar="RUN", help="go on with a run that was stopped")
+    one.add_argument(
+        "--labels", metavar="FILE.csv", help="known labels, for scores: auto (default), none, a file; see --use-labels"
+    )
+    one.add_argument("--config", metavar="FILE.json", help="options as a JSON object; flags given here win")
+    one.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the method")
+    one.add_argument("--workers", type=int, metavar="N", help="threads that decode images; default one a processor")
+    one.add_argument("--dry-run", action="store_true", help="print what memory, disk and time it would take, and stop")
+    says = dict(re.findall(r"^ +(\w+): (.+)$", inspect.getdoc(Settings) or "", re.M))
+    kinds = {"int | str": _number_or_auto(int), "float | str": _number_or_auto(float), "<class 'int'>": int}
+    for f in fields(Settings):
+        if isinstance(f.default, bool):  # None, not False: whether it was given has to be seen
+            one.add_argument("--" + f.name.replace("_", "-"), action="store_true", default=None, help=says[f.name])
+        elif str(f.type) == "bool | str":
+            one.add_argument("--" + f.name, action=argparse.BooleanOptionalAction, default=None, help=says[f.name])
+        elif f.name != "params":
+            metavar = {"init_from": "RUN", "weights": "FILE"}.get(f.name, f.name.split("_")[-1].upper())
+            default = "" if f.default is None else f" (default {f.default})"
+            flag = "--" + f.name.replace("_", "-")
+            one.add_argument(
+                flag, type=kinds.get(str(f.type), str), metavar=metavar, help=says[f.name].rstrip(".") + default
+            )
 
 
 def given(args: argparse.Namespace) -> dict[str, Any]:

@@ -6,29 +6,31 @@ their size and channels, how many clusters, which device.
 
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from deepcluster.backbones import BACKBONES
+from deepcluster import howmany, pretrained, trust, tuning
+from deepcluster.backbones import LEAST, check_name
 from deepcluster.batches import steps
 from deepcluster.checked import LARGEST
 from deepcluster.classifier import Classifier
 from deepcluster.doctor import cpu_bf16
 from deepcluster.log import logger
 from deepcluster.recipe import METHODS, OPTIMISER, PAPER, Recipe, hint, make_recipe
-from deepcluster.settings import AUTO, Settings
+from deepcluster.settings import AUTO, BEST, Settings
 from deepcluster.sources import Source
-from deepcluster.stages import Plan, Stage, run, starting_point
+from deepcluster.stages import Plan, Stage, attempt, kept, run, starting_point
 from deepcluster.store import Probe, probe
-from deepcluster.views import VIEWS
 
 EPOCHS = 23  # of a stage with passes = 1 on 10,000 images; eight times as many images get half as many
 TOGETHER = 2.5  # passes of all stages of a plan together, at most
 FEW = "iic+sela+sela"  # the default for few kinds of grey images; see docs/results.md
 MANY = "simclr+sela"  # and for all else
+FIXED = "spectral"  # for heads on a backbone that stays as it is
+OVER = 40  # clusters that features are learnt with where their number is to be found, of 1,600 images or more
 
 
 def image_size(seen: Probe, device: torch.device) -> int:
@@ -44,7 +46,9 @@ def choose_size(settings: Settings, source: Source, device: torch.device) -> tup
     if source.features is not None:
         return 1, source.features.shape[1]
     seen = probe(source)
-    size = image_size(seen, device) if settings.image_size == AUTO else int(settings.image_size)
+    trained = pretrained.size(settings.backbone, settings.weights)
+    size = trained or max(image_size(seen, device), LEAST.get(settings.backbone, 1))
+    size = size if settings.image_size == AUTO else int(settings.image_size)
     if size > LARGEST:
         raise ValueError(f"image_size must be at most {LARGEST}; got {size}")
     logger.info("%d images, about %d x %d px, %s; used at %d px", len(source.names), seen.width, seen.height,
@@ -52,12 +56,16 @@ def choose_size(settings: Settings, source: Source, device: torch.device) -> tup
     return size, seen.channels
 
 
-def _stages(settings: Settings, grey: bool, n_images: int | None = None) -> list[tuple[str, dict[str, Any]]]:
+def _stages(
+    settings: Settings, grey: bool, n_images: int | None = None, frozen: bool = False
+) -> list[tuple[str, dict[str, Any]]]:
     """Methods and their parameters, in order, checked: the paper's where these are asked for, over them the user's."""
     paper, plan = settings.preset == "paper", settings.method
-    if plan == AUTO:  # iic wants a twentieth of k squared images a batch
+    if plan == BEST or (plan == AUTO and frozen):
+        plan = FIXED
+    elif plan == AUTO:  # iic wants a twentieth of k squared images a batch
         most = settings.batch_size if n_images is None else _batch_size(n_images, settings.batch_size)
-        plan = FEW if grey and (most == AUTO or settings.n_clusters**2 <= 20 * int(most)) else MANY
+        plan = FEW if grey and (most == AUTO or int(settings.n_clusters) ** 2 <= 20 * int(most)) else MANY
     stages: list[tuple[str, dict[str, Any]]] = []
     used: set[str] = set()
     for name in plan.split("+"):
@@ -126,49 +134,13 @@ def check(settings: Settings) -> None:
     Raises:
         ValueError: with the nearest right name.
     """
+    if settings.method in (BEST,) and settings.params:
+        raise ValueError("the methods that are tried have their own defaults: leave --set out, or give --method")
     if settings.method not in (AUTO,) or settings.use_labels:
-        _stages(settings, grey=True)
-    known = [AUTO, *BACKBONES]
-    if settings.backbone not in known and settings.backbone.partition(":")[0] not in ("torchvision", "timm"):
-        allowed = [*known, "torchvision:NAME", "timm:NAME"]
-        raise ValueError(f"unknown backbone {settings.backbone!r}; {hint(settings.backbone, allowed)}")
-
-
-def _seen(plan: Plan) -> list[Tensor]:
-    """Two blank images as they are, and as the views show them: one batch for each shape.
-
-    Raises:
-        ValueError: a method has views, such as rotations, that this kind of data cannot be seen through.
-    """
-    blank = torch.zeros(2, *plan.shape)
-    seen = {blank.shape: blank}
-    for stage in plan.stages:
-        recipe = stage.recipe()
-        for view in dict.fromkeys((*recipe.views, *recipe.label_views)):
-            try:
-                images = VIEWS[view](blank, torch.Generator())
-            except ValueError as error:
-                raise ValueError(f"{stage.method}: {error}") from error
-            seen[images.shape] = images
-    return list(seen.values())
-
-
-def _try(plan: Plan) -> None:
-    """Refuse a backbone that does not turn all views into one feature vector each, before anything is written."""
-    views = _seen(plan)
-    backbone, dim = starting_point(plan)
-    try:
-        for images in views:
-            with torch.no_grad():
-                out = backbone(images)
-            if not isinstance(out, Tensor) or out.shape != (2, dim):
-                raise TypeError(f"it gives {tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__}")
-    except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError) as error:  # whatever its code raises
-        shape = "x".join(map(str, images.shape[1:]))
-        raise ValueError(
-            f"the backbone {plan.backbone} does not work on {shape} images: {str(error).splitlines()[0]}; "
-            "try another --image-size or --backbone"
-        ) from error
+        _stages(_over(settings, OVER**2), grey=True)
+    if settings.backbone != AUTO:
+        check_name(settings.backbone, settings.weights)
+        pretrained.given(settings.backbone)
 
 
 def _batch_size(n_images: int, asked: int | str, name: str = "", recipe: Recipe | None = None) -> int:
@@ -208,28 +180,41 @@ def _unlabelled(run: str) -> None:
         )
 
 
-def resolve(settings: Settings, n_images: int, shape: tuple[int, ...], device: torch.device) -> Plan:
-    """Turn every "auto" into a number and say what was chosen.
+def _over(settings: Settings, n_images: int) -> Settings:
+    """With a number of clusters in any case: where it is to be found, more than are likely, by how many images."""
+    return settings if settings.n_clusters != AUTO else replace(settings, n_clusters=min(OVER, round(n_images**0.5)))
+
+
+def resolve(
+    settings: Settings, n_images: int, shape: tuple[int, ...], device: torch.device, trial: bool = False
+) -> Plan:
+    """Turn every "auto" into a number and say what was chosen; not of a ``trial``, whose backbone works already.
 
     Raises:
         ValueError: fewer images than clusters, a batch larger than the data, an unknown method or parameter.
     """
-    k = settings.n_clusters
+    auto_k = settings.n_clusters == AUTO
+    if auto_k:
+        howmany.check(2, None, n_images)
+        settings = _over(settings, n_images)
+        logger.info("features are learnt with %d clusters; how many there are is found in them", settings.n_clusters)
+    k = int(settings.n_clusters)
     if n_images < k:
         fewer = f"use --n-clusters {max(2, n_images // 5)} or fewer" if n_images > 1 else "give more images"
         raise ValueError(f"{n_images} images cannot make {k} clusters; {fewer}")
-    backbone = settings.backbone
+    backbone, weights = pretrained.resolve(settings.backbone, settings.weights)
     if settings.init_from:
         _unlabelled(settings.init_from)
     if backbone == AUTO and settings.init_from:
         backbone = Classifier.load(Path(settings.init_from) / "model", torch.device("cpu")).spec.backbone
     elif backbone == AUTO:
         backbone = "mlp" if len(shape) == 1 else "convnet" if shape[-1] < 64 else "resnet18"
-    lr = settings.lr if settings.lr != AUTO else 2e-3 if backbone in ("convnet", "mlp") else 1e-3
+    frozen = tuning.frozen(settings.frozen, settings.tune_last, backbone, weights, settings.init_from, shape)
+    lr = settings.lr if settings.lr != AUTO else 2e-3 if frozen or backbone in ("convnet", "mlp") else 1e-3
     bf16 = settings.precision == "bf16" or (
         settings.precision == AUTO and (torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_bf16())
     )
-    named = _stages(settings, shape[0] == 1, n_images)
+    named = _stages(settings, shape[0] == 1, n_images, frozen)
     share = min(1.0, TOGETHER / sum(make_recipe(name, **params).passes for name, params in named))
     stages = []
     for name, params in named:
@@ -250,11 +235,14 @@ def resolve(settings: Settings, n_images: int, shape: tuple[int, ...], device: t
         auto = min(200, max(10, round(EPOCHS * recipe.passes * share * (10_000 / n_images) ** (1 / 3))))
         epochs = settings.epochs if settings.epochs != AUTO else auto
         stages.append(Stage(name, params, int(epochs), batch, **{"lr": float(lr) * recipe.pace, **hard}))
-    plan = Plan(tuple(stages), k, backbone, settings.weights, settings.init_from, tuple(shape), settings.seed,
-                bf16 and device.type != "mps", settings.on_collapse, settings.checkpoint_every)  # fmt: skip
+    plan = Plan(tuple(stages), k, backbone, weights, settings.init_from, tuple(shape), settings.seed,
+                bf16 and device.type != "mps" and not frozen, settings.on_collapse, settings.checkpoint_every, frozen,
+                settings.tune_last, auto_k)  # fmt: skip
     for stage in plan.stages:
         steps(n_images, stage.batch_size)
-    _try(plan)
+    if trial:
+        return plan
+    attempt(plan)
     said = " then ".join(f"{s.method} for {s.epochs} epochs" for s in plan.stages)
     logger.info(
         "plan: %s; %s on %s %s, batch %d, lr %g, %s, seed %d",
@@ -265,7 +253,13 @@ def resolve(settings: Settings, n_images: int, shape: tuple[int, ...], device: t
 
 
 def asked(plan: Plan) -> dict[str, Any]:
-    """The parameters of ``estimator.DeepCluster`` that lead to a plan, as far as a plan shows them."""
+    """The parameters of ``estimator.DeepCluster`` that lead to a plan, as far as a plan shows them.
+
+    Raises:
+        ValueError: its backbone is code that the user never asked for.
+    """
+    if trust.is_code(plan.backbone):  # once it is a parameter, it counts as given by the user
+        trust.check(plan.backbone)
     same = {name: {getattr(stage, name) for stage in plan.stages} for name in ("epochs", "batch_size", "lr")}
     usual = {"n_clusters": plan.n_clusters, "view": "strong" if plan.shape[0] == 1 else "crop"}
     params: dict[str, Any] = {}
@@ -274,11 +268,13 @@ def asked(plan: Plan) -> dict[str, Any]:
         params |= {f"{stage.method}.{name}": v for name, v in stage.params.items() if v != default.get(name, v)}
     return {
         **{name: found.pop() if len(found) == 1 else AUTO for name, found in same.items()},
-        "n_clusters": plan.n_clusters,
+        "n_clusters": AUTO if plan.auto_k else plan.n_clusters,
         "method": "+".join(stage.method for stage in plan.stages),
         "backbone": plan.backbone,
         "weights": plan.weights,
         "init_from": plan.init_from,
+        "frozen": plan.frozen,
+        "tune_last": plan.tune_last,
         "image_size": plan.shape[-1] if len(plan.shape) == 3 else AUTO,
         "random_state": plan.seed,
         "precision": "bf16" if plan.bf16 else "fp32",
@@ -288,5 +284,5 @@ def asked(plan: Plan) -> dict[str, Any]:
     }
 
 
-__all__ = ["Plan", "Settings", "Stage", "asked", "check", "choose_size", "image_size", "resolve", "run",
-           "starting_point"]  # fmt: skip
+__all__ = ["Plan", "Settings", "Stage", "asked", "attempt", "check", "choose_size", "image_size", "kept", "resolve",
+           "run", "starting_point"]  # fmt: skip

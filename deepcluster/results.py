@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 
-from deepcluster import atomic, edits, oddities, outputs
+from deepcluster import atomic, confidence, edits, oddities, outputs
 from deepcluster.classifier import Classifier
 from deepcluster.edits import Step
 
@@ -35,9 +35,15 @@ def representatives(found: dict[str, np.ndarray]) -> np.ndarray:
     return chosen
 
 
-def images(found: dict[str, np.ndarray], names: Sequence[str], sha1: Sequence[str], classifier: Classifier) -> pa.Table:
-    """One row an image, in input order: what is known of any image, new or old."""
-    cluster, called = found["cluster"], classifier.names
+def images(
+    found: dict[str, np.ndarray], names: Sequence[str], sha1: Sequence[str], classifier: Classifier,
+    abstain: float = 0.0,
+) -> pa.Table:  # fmt: skip
+    """One row an image, in input order: what is known of any image, new or old.
+
+    Images with less confidence than ``abstain`` are in cluster -1, which has no name.
+    """
+    cluster, called = confidence.kept(found["cluster"], found["confidence"], abstain), [*classifier.names, ""]
     return pa.table(
         {
             "path": pa.array(list(names), pa.string()),
@@ -45,6 +51,7 @@ def images(found: dict[str, np.ndarray], names: Sequence[str], sha1: Sequence[st
             "cluster": pa.array(cluster, pa.int64()),
             "name": pa.array([called[c] for c in cluster.tolist()], pa.string()),
             "probability": pa.array(found["probability"], pa.float32()),
+            "confidence": pa.array(found["confidence"], pa.float32()),
             "second": pa.array(found["second"], pa.int64()),
             "margin": pa.array(found["margin"], pa.float32()),
             "distance": pa.array(found["distance"], pa.float32()),

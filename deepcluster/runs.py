@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from deepcluster import __version__ as version
-from deepcluster import atomic, checkpoint, dist, doctor, ending, evaluate, metrics, outputs
+from deepcluster import atomic, checkpoint, choosing, dist, doctor, ending, evaluate, metrics, nuisance, outputs
 from deepcluster import edits as editing
 from deepcluster import plan as planning
 from deepcluster.classifier import Classifier, Spec
@@ -23,7 +23,7 @@ from deepcluster.log import Metrics, Recording, logger, no_bar
 from deepcluster.plan import Plan, choose_size
 from deepcluster.report import write_report
 from deepcluster.sentinel import Sentinel
-from deepcluster.settings import Settings
+from deepcluster.settings import BEST, Settings
 from deepcluster.sources import Source, open_source
 from deepcluster.store import Store, open_store
 
@@ -85,6 +85,10 @@ def begin(settings: Settings, X: Any, job: Job, y: Any = None, hooks: tuple[Call
         true = evaluate.true_classes(source, "auto" if settings.use_labels and y is None else job.labels)
         size = choose_size(settings, source, device)
         store = job.store(source, *size, device)
+        chosen: list[dict[str, Any]] = []
+        if settings.method in (BEST,):
+            method, chosen = choosing.choose(settings, store, job.progress, job.quiet)
+            settings = replace(settings, method=method)
         plan = planning.resolve(settings, len(store), store.shape, device)
         known = known and known.of_rows(store.rows)
         where = os.fspath(X) if isinstance(X, (str, os.PathLike)) else source.location
@@ -92,6 +96,7 @@ def begin(settings: Settings, X: Any, job: Job, y: Any = None, hooks: tuple[Call
                 "labels": job.labels, "n_images": len(store), "content": outputs.content(store),
                 "signature": source.signature}  # fmt: skip
         data |= known.facts if known else {}
+        data |= {"chosen": chosen} if chosen else {}
         data |= {"feature_names": list(job.columns)} if job.columns is not None else {}
         data |= {"launch": launch} if (launch := dist.launch()) else {}
         if out and again and _same(out, plan, data):  # torchrun started the command anew after a process had died
@@ -224,17 +229,23 @@ def train(
     sentinel = Sentinel(plan.on_collapse)
     sentinel.images(store, plan.n_clusters)
     watching.append(sentinel)
-    model, recipe, state = planning.run(plan, store, out / "checkpoints" if out else None, watching, saved, job.quiet,
-                                        torch.from_numpy(known.labels) if known else None)  # fmt: skip
+    frozen, vectors = planning.kept(plan, store, saved, job.progress) if plan.frozen else (None, None)
+    model, recipe, state = planning.run(plan, vectors or store, out / "checkpoints" if out else None, watching, saved,
+                                        job.quiet, torch.from_numpy(known.labels) if known else None,
+                                        frozen)  # fmt: skip
     seconds = time.perf_counter() - began
     head = state.reported(recipe.rivals)
-    spec = Spec(plan.backbone, plan.shape, type(model.heads[head]).__name__, plan.n_clusters, version)
+    spec = Spec(plan.backbone, plan.shape, type(model.heads[head]).__name__, plan.n_clusters, version,
+                frozen=model.dim if plan.frozen else 0)  # fmt: skip
     made = out / "model" / "edits.safetensors" if out else None
     steps = editing.unpack(made)[1] if saved and made and made.exists() else []  # a finished run, gone on with
-    classifier, images, features = ending.finish(model, head, spec, store, out, known, steps)
+    classifier, images, features = ending.finish(model, head, spec, store, out, known, steps, vectors,
+                                                   plan.seed if plan.auto_k else None)  # fmt: skip
     cluster = images["cluster"].to_numpy()
-    scores = None if true is None else evaluate.scores(cluster, true, plan.n_clusters)
+    asked = classifier.n_clusters if plan.auto_k else plan.n_clusters
+    scores = None if true is None else evaluate.scores(cluster, true, asked)
     if out and dist.is_main():
+        nuisance.look(out, store, cluster, data["labels"] == "auto")
         write_report(out, store, true)
     dist.barrier()
     used = metrics.health(cluster, classifier.n_clusters)

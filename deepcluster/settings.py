@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 AUTO = "auto"
+BEST = "best"
 BOUNDS = {"n_clusters": (2, 10**6), "overcluster": (1, 10**6), "image_size": (4, 4096), "epochs": (1, 10**9),
           "batch_size": (2, 10**9)}  # fmt: skip
 
@@ -15,13 +16,15 @@ class Settings:
     """What may be asked of a run; ``auto`` is derived from the data and printed.
 
     Attributes:
-        method: a name, or a plan such as "simclr+sela".
-        n_clusters: clusters to report.
+        method: a name, or a plan such as "simclr+sela"; best: several on frozen features, chosen as ``cluster`` does.
+        n_clusters: clusters to report; auto: as many as the features show, told with the evidence.
         preset: default, or paper: every method as its paper has it; epochs stay as they are asked for.
         overcluster: how many times more clusters the extra heads get; auto: the method's own.
-        backbone: a name in backbones.BACKBONES, torchvision:NAME or timm:NAME.
+        backbone: convnet, resnet18, efficientnet-lite0, torchvision:NAME, a .safetensors or .onnx file; see the README.
         weights: local file to start the backbone from.
         init_from: finished run whose backbone to start from.
+        frozen: leave the backbone as it is and train heads on its features; auto: where it is pretrained.
+        tune_last: train only the last so many blocks of a pretrained backbone, 0 for none or all.
         image_size: pixels a side.
         epochs: of every stage.
         batch_size: images a step, over all processes.
@@ -36,12 +39,14 @@ class Settings:
     """
 
     method: str = AUTO
-    n_clusters: int = 10
+    n_clusters: int | str = 10
     preset: str = "default"
     overcluster: int | str = AUTO
     backbone: str = AUTO
     weights: str | None = None
     init_from: str | None = None
+    frozen: bool | str = AUTO
+    tune_last: int = 0
     image_size: int | str = AUTO
     epochs: int | str = AUTO
     batch_size: int | str = AUTO
@@ -57,10 +62,9 @@ class Settings:
     def __post_init__(self) -> None:
         for name, (low, high) in BOUNDS.items():
             value = getattr(self, name)
-            auto = name != "n_clusters" and value == AUTO
+            auto = value == AUTO
             if not auto and (isinstance(value, bool) or not isinstance(value, int) or value < low):
-                or_auto = "" if name == "n_clusters" else " or auto"
-                raise ValueError(f"{name} must be a whole number of at least {low}{or_auto}; got {value!r}")
+                raise ValueError(f"{name} must be a whole number of at least {low} or auto; got {value!r}")
             if not auto and value > high:
                 raise ValueError(f"{name} must be at most {high}; got {value!r}")
         number = isinstance(self.lr, (int, float)) and not isinstance(self.lr, bool)
@@ -75,11 +79,19 @@ class Settings:
         if self.on_collapse not in ("warn", "stop", "rescue"):
             raise ValueError(f"on_collapse must be warn, stop or rescue; got {self.on_collapse!r}")
         seconds(self.checkpoint_every)
+        if not (isinstance(self.frozen, bool) or self.frozen == AUTO):
+            raise ValueError(f"frozen must be true, false or auto; got {self.frozen!r}")
+        if not isinstance(self.tune_last, int) or isinstance(self.tune_last, bool) or self.tune_last < 0:
+            raise ValueError(f"tune_last must be a whole number of at least 0; got {self.tune_last!r}")
+        if self.frozen is True and self.tune_last:
+            raise ValueError("frozen trains no block of the backbone, tune_last some; give one of them")
         for name in ("method", "backbone", "device"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a name; got {getattr(self, name)!r}")
         if not isinstance(self.use_labels, bool):
             raise ValueError(f"use_labels must be true or false; got {self.use_labels!r}")
+        if self.use_labels and self.n_clusters == AUTO:
+            raise ValueError("with use_labels there are as many clusters as labels; set n_clusters to their number")
         if not isinstance(self.params, dict):
             raise ValueError(f"params must be an object of names and values; got {self.params!r}")
         if self.weights and self.init_from:

@@ -6,7 +6,7 @@ A ``Plan`` is everything resolved; ``run`` trains it in order.
 import contextlib
 import copy
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import deepcluster.methods  # noqa: F401  (registers them)
-from deepcluster import checkpoint, dist, sentinel
+from deepcluster import checkpoint, dist, pretrained, sentinel
 from deepcluster.backbones import load_weights, make_backbone
 from deepcluster.checkpoint import State
 from deepcluster.classifier import Classifier
+from deepcluster.frozen import WIDTH, Frozen, Progress, extract, vectors, width
 from deepcluster.log import Bar, Metrics, logger
 from deepcluster.model import Model
 from deepcluster.recipe import Recipe, make_recipe
@@ -25,6 +26,8 @@ from deepcluster.sentinel import Collapse
 from deepcluster.settings import seconds
 from deepcluster.store import Store
 from deepcluster.trainer import Hook, Training, fit
+from deepcluster.tuning import tuned
+from deepcluster.views import VIEWS
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,9 @@ class Plan:
     bf16: bool
     on_collapse: str = "warn"
     checkpoint_every: str = "10m"
+    frozen: bool = False
+    tune_last: int = 0
+    auto_k: bool = False  # nobody said how many: n_clusters are more than enough, and are cut afterwards
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "Plan":
@@ -72,26 +78,104 @@ class Plan:
 
 
 def starting_point(plan: Plan, mean: Tensor | None = None, std: Tensor | None = None) -> tuple[nn.Module, int]:
-    """The backbone before training, and its feature dimension.
+    """The backbone before training, and its feature dimension; ``mean`` and ``std`` are of the images.
 
     Raises:
         ValueError: the backbone cannot take these images, or the weights to start from do not fit it.
     """
-    backbone, dim = make_backbone(plan.backbone, plan.shape, mean, std)
+    before = Classifier.load(Path(plan.init_from) / "model", torch.device("cpu")) if plan.init_from else None
+    normal = pretrained.normalisation(plan.backbone, plan.weights, plan.shape)
+    if before is not None:
+        was: Any = before.backbone[0]  # type: ignore[index]
+        normal = (was.mean, was.std) if pretrained.came_with(before.spec.backbone, was.mean) else normal
+    mean, std = normal or (mean, std)
+    backbone, dim = make_backbone(plan.backbone, plan.shape, mean, std, follows=bool(plan.weights or before))
     if plan.weights:
-        load_weights(backbone, plan.weights)
-    if plan.init_from:
-        before = Classifier.load(Path(plan.init_from) / "model", torch.device("cpu"))
+        load_weights(backbone, plan.weights, plan.backbone)
+    if before is not None:
         own, other = backbone.state_dict(), before.backbone.state_dict()
         if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in other.items()}:
-            was, now = ("x".join(map(str, shape)) for shape in (before.spec.shape, plan.shape))
+            old, now = ("x".join(map(str, shape)) for shape in (before.spec.shape, plan.shape))
             raise ValueError(
-                f"{plan.init_from} holds {before.spec.backbone} for {was} images, this run needs "
+                f"{plan.init_from} holds {before.spec.backbone} for {old} images, this run needs "
                 f"{plan.backbone} for {now}; start from a run with the same --backbone and channels"
             )
         kept = ("0.mean", "0.std")  # of the new images
         backbone.load_state_dict({k: own[k] if k in kept else other[k] for k in own})
     return backbone, dim
+
+
+def _again(plan: Plan, saved: dict, mean: Tensor, std: Tensor) -> tuple[nn.Module, int]:
+    """The backbone to load a checkpoint into: what the run started from need not be there any more."""
+    network = saved["network"] if isinstance(saved.get("network"), dict) else {}
+    own = ("backbone.0.mean", "backbone.network.0.mean")
+    seen = next((v for k, v in network.items() if str(k).endswith(own)), mean)
+    if isinstance(seen, Tensor) and seen.shape == (3,) and plan.shape[0] == 1:  # grey images, seen as colour
+        mean, std = mean.expand(3).clone(), std.expand(3).clone()
+    return make_backbone(plan.backbone, plan.shape, mean, std, follows=True)
+
+
+def _seen(plan: Plan) -> list[Tensor]:
+    """Two blank images as they are, and as the views show them: one batch for each shape.
+
+    Raises:
+        ValueError: a method has views, such as rotations, that this kind of data cannot be seen through.
+    """
+    blank = torch.zeros(2, WIDTH) if plan.frozen else torch.zeros(2, *plan.shape)  # a fixed network sees no view
+    seen = {blank.shape: blank}
+    for stage in plan.stages:
+        recipe = stage.recipe()
+        for view in dict.fromkeys((*recipe.views, *recipe.label_views)):
+            try:
+                images = VIEWS[view](blank, torch.Generator())
+            except ValueError as error:
+                raise ValueError(f"{stage.method}: {error}") from error
+            seen[images.shape] = images
+    return [torch.zeros(2, *plan.shape)] if plan.frozen else list(seen.values())
+
+
+def attempt(plan: Plan) -> None:
+    """Refuse a backbone that does not turn all views into one feature vector each, before anything is written."""
+    views = _seen(plan)
+    backbone, dim = starting_point(plan)
+    if plan.tune_last:
+        tuned(backbone, plan.tune_last)
+    try:
+        for images in views:
+            with torch.no_grad():
+                out = backbone(images)
+            if not isinstance(out, Tensor) or out.shape != (2, dim):
+                raise TypeError(f"it gives {tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__}")
+            if not out.isfinite().all():
+                raise ValueError("its features are NaN or infinite, so its weights are damaged")
+    except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError) as error:  # whatever its code raises
+        shape = "x".join(map(str, images.shape[1:]))
+        raise ValueError(
+            f"the backbone {plan.backbone} does not work on {shape} images: {str(error).splitlines()[0]}; "
+            "try another --image-size or --backbone"
+        ) from error
+
+
+def kept(plan: Plan, store: Store, saved: dict | None, progress: Progress) -> tuple[Frozen, Store]:
+    """The pretrained network of a frozen run, and a store of what its heads see of the images of ``store``.
+
+    ``saved``: the checkpoint of a run that is gone on with, whose network and map these are.
+
+    Raises:
+        ValueError: the network gives features that are no numbers.
+    """
+    seen = store.statistics
+    network, dim = _again(plan, saved, *seen) if saved else starting_point(plan, *seen)
+    frozen = Frozen(network, dim, width(dim))
+    if saved:
+        state = saved["network"]
+        prefix = min((k for k in state if str(k).endswith("backbone.map_mean")), key=len, default="map_mean")[:-8]
+        frozen.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
+    frozen = frozen.to(store.device).to(memory_format=torch.channels_last)
+    features = extract(frozen, store, plan.backbone, progress)
+    if not saved:
+        frozen.fit(features)
+    return frozen, vectors(frozen, store, features)
 
 
 def run(
@@ -102,8 +186,11 @@ def run(
     resume: dict | None = None,
     quiet: bool = False,
     known: Tensor | None = None,
+    frozen: Frozen | None = None,
 ) -> tuple[Model, Recipe, State]:
     """Train the stages one after another; each starts from the backbone of the one before.
+
+    ``frozen``: the backbone, if it is not trained; ``store`` then holds what it gives.
 
     Checkpoints go to ``out``. ``resume`` is a checkpoint as read: stages before it are skipped. ``known`` (N,) are
     labels the user gave to some images, -1 elsewhere, for recipes that are ``supervised``. A collapse is rescued by
@@ -120,7 +207,7 @@ def run(
         if number >= len(plan.stages):
             raise ValueError(f"the checkpoint is of stage {number + 1}, the plan has {len(plan.stages)}; start anew")
         try:
-            return _run(plan, store, out, hooks, resume, quiet, known, rescues)
+            return _run(plan, store, out, hooks, resume, quiet, known, rescues, frozen)
         except _Failed as failed:
             made = rescues.setdefault(failed.stage, [])
             change = sentinel.change(failed.cause, made)
@@ -152,11 +239,16 @@ class _Failed(Exception):
 
 def _run(
     plan: Plan, store: Store, out: Path | None, hooks: Sequence[Hook], resume: dict | None, quiet: bool,
-    known: Tensor | None, rescues: dict[int, list[str]],
+    known: Tensor | None, rescues: dict[int, list[str]], frozen: Frozen | None,
 ) -> tuple[Model, Recipe, State]:  # fmt: skip
     torch.manual_seed(dist.epoch_seed(plan.seed, 0))
-    start = replace(plan, weights=None, init_from=None) if resume else plan
-    backbone, dim = starting_point(start, *store.statistics)
+    backbone: nn.Module
+    if frozen:
+        backbone, dim = frozen, len(frozen.map_weight)
+    else:
+        seen = store.statistics
+        backbone, dim = _again(plan, resume, *seen) if resume else starting_point(plan, *seen)
+        backbone = tuned(backbone, plan.tune_last) if plan.tune_last else backbone
     best: nn.Module = nn.Identity()  # what a stage that continues begins with
     first = resume["stage"] if resume else 0
     for number, stage in enumerate(plan.stages):

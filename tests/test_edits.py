@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import classified, tiny_store
 
-from deepcluster import edits
+from deepcluster import decisions, edits
 from deepcluster.backbones import make_backbone
 from deepcluster.classifier import COLUMNS, Classifier, Spec
 from deepcluster.edits import Junk, Merge, Name, Step
@@ -332,7 +332,7 @@ def test_decisions_of_the_report(tmp_path, made):
     words = {"format": 1, "names": {"3": "lost", "1": "cats", "2": ""}, "merge": [[3, 0], [1, 4]], "junk": [2, 4]}
     file.write_text(json.dumps(words))
     classifier, features, _, _ = made
-    classifier.edit(features, edits.decisions(file))
+    classifier.edit(features, decisions.read(file))
     assert classifier.names[:3] == ["lost", "cats", ""]
     assert classifier.junk == {1, 2}
     assert classifier.ids.gone == {3, 4}
@@ -353,7 +353,7 @@ def test_names_decided_for_clusters_that_merge(tmp_path, made, names, expected):
     (tmp_path / "decisions.json").write_text(json.dumps({"names": names, "merge": [[0, 3]]}))
     classifier, features, _, _ = made
     classifier.edit(features, step(Name(0, "before")))
-    classifier.edit(features, edits.decisions(tmp_path / "decisions.json"))
+    classifier.edit(features, decisions.read(tmp_path / "decisions.json"))
     assert classifier.names[0] == expected
 
 
@@ -366,12 +366,12 @@ def test_decisions_that_cannot_be_read(tmp_path, text):
     file = tmp_path / "decisions.json"
     file.write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match="cannot read the decisions in"):
-        edits.decisions(file)
+        decisions.read(file)
     with pytest.raises(ValueError, match="no such file"):
-        edits.decisions(tmp_path / "none.json")
+        decisions.read(tmp_path / "none.json")
 
 
 def test_no_decisions(tmp_path):
     (tmp_path / "decisions.json").write_text('{"format": 1, "names": {}, "merge": [], "junk": []}')
     with pytest.raises(ValueError, match="there are no decisions in"):
-        edits.decisions(tmp_path / "decisions.json")
+        decisions.read(tmp_path / "decisions.json")

@@ -4,12 +4,10 @@ import json
 
 import pytest
 import torch
-from tiny import tiny_store
 
 from deepcluster import plan
 from deepcluster.backbones import make_backbone
 from deepcluster.losses import pseudo_label
-from deepcluster.model import Model
 from deepcluster.plan import TOGETHER, Plan, check, resolve
 from deepcluster.recipe import METHODS, PAPER, Recipe, make_recipe, method
 from deepcluster.settings import Settings

@@ -17,7 +17,7 @@ import torch
 
 from deepcluster import __version__, atomic
 from deepcluster.classifier import Classifier
-from deepcluster.report import cards, facts, points
+from deepcluster.report import cards, causes, facts, points
 from deepcluster.report.curves import curves
 from deepcluster.report.found import Found, read
 from deepcluster.report.pictures import COLUMNS, Pictures, filters
@@ -68,6 +68,7 @@ def write_report(
         facts=facts.facts(found),
         health=facts.state(found),
         scores=facts.scores(found, true),
+        causes=causes.causes(found),
         sampled=_sampled(len(rows), len(found)),
         mapped="" if known["xy"] else " hidden",
         table=cards.table(found),

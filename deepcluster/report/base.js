@@ -11,7 +11,7 @@ function unpack(text, Kind) {
   return new Kind(bytes.buffer);
 }
 const place = unpack(D.cluster, Uint16Array), near = unpack(D.near, Uint16Array), far = unpack(D.far, Uint16Array);
-const probability = unpack(D.probability, Uint8Array);
+const probability = unpack(D.probability, Uint8Array), confidence = unpack(D.confidence, Uint8Array);
 const blank = new Set(D.blank);
 const names = D.clusters.map((one) => one.name);
 

@@ -14,8 +14,8 @@ MOST = 1000  # cards, of the largest clusters
 MANY = 100  # above so many clusters a card shows fewer images
 SHOWN, FEW = (9, 9, 9), (4, 3, 3)  # typical, borderline and outlying images a cluster
 GROUPS, IN_GROUP = 12, 8  # of copies
-MEASURES = ("cohesion", "separation", "probability")
-COLUMNS = ("Cluster", "Images", "Share", "Cohesion", "Separation", "Probability", "Outliers")
+MEASURES = ("cohesion", "separation", "probability", "confidence")
+COLUMNS = ("Cluster", "Images", "Share", "Cohesion", "Separation", "Probability", "Confidence", "Outliers")
 KINDS = ("Typical", "Borderline", "Outlying")
 
 

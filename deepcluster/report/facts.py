@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from deepcluster import __version__, evaluate
+from deepcluster import __version__, evaluate, reliability
 from deepcluster.metrics import contingency, health
 from deepcluster.report.found import Found
 from deepcluster.report.words import count, label, number, percent, text
@@ -28,7 +28,7 @@ def facts(found: Found) -> str:
         "Source": source(config),
         "Plan": ", then ".join(f"{s['method']} for {count(s['epochs'], 'epoch')}" for s in plan["stages"]),
         "Images": f"{len(found):,}",
-        "Clusters asked for": plan["n_clusters"],
+        "Clusters asked for": "auto" if plan["auto_k"] else plan["n_clusters"],
         "Network": f"{plan['backbone']} on {'×'.join(map(str, plan['shape']))}",
         "Seed": plan["seed"],
         "Training took": f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.0f} min",
@@ -45,12 +45,15 @@ def facts(found: Found) -> str:
 
 def state(found: Found) -> str:
     """What the sizes and the last epochs say, in words, without any label."""
-    asked, k = found.config["plan"]["n_clusters"], len(found.clusters)
+    auto, k = found.config["plan"]["auto_k"], len(found.clusters)
+    asked = k if auto else found.config["plan"]["n_clusters"]
     now = health(found.place, k)
     last = [row["health"].get("nmi_previous") for row in found.metrics if row.get("health")]
     moved = last[-1] if last else None
     used = f"{k} of {asked} clusters are in use"
-    if found.edited:
+    if auto:
+        used = f"{k} clusters, as many as the features speak for or somebody chose since"
+    elif found.edited:
         used = f"{k} clusters after editing, {asked} were asked for"
     said = (
         f"{used}, the largest holds {percent(now['largest_share'])} of the images; "
@@ -76,13 +79,16 @@ def scores(found: Found, true: np.ndarray | None) -> str:
     """Scores and the confusion matrix against labels (N,), or "" where no image has one."""
     if true is None or not (true >= 0).any():
         return ""
-    measured = evaluate.scores(found.cluster, true, found.config["plan"]["n_clusters"])
+    plan = found.config["plan"]
+    measured = evaluate.scores(found.cluster, true, len(found.clusters) if plan["auto_k"] else plan["n_clusters"])
     boxes = "".join(f"<div><dt>{name}</dt><dd>{number(measured[key], 3)}</dd></div>" for key, name in SCORES)
     of = count(measured["n_images"], "image")
     note = f"Against the labels of {of}, which were used for these figures and nothing else."
+    sure = reliability.reliability(found.confidence, found.cluster, true)
+    drawn = f"<h3>Confidence and what it was worth</h3>\n{reliability.curve(sure)}\n" if sure else ""
     return (
         f'<section id="scores"><h2>Scores</h2>\n<dl class="scores">{boxes}</dl>\n<p class="note">{note}</p>\n'
-        f"{_confusion(found, true)}</section>"
+        f"{_confusion(found, true)}\n{drawn}</section>"
     )
 
 

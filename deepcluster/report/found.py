@@ -27,6 +27,7 @@ class Found:
     sha1: pa.ChunkedArray  # N
     cluster: np.ndarray  # (N,) int64 ids, which may have holes
     probability: np.ndarray  # (N,) float32
+    confidence: np.ndarray  # (N,) float32, NaN of older versions
     margin: np.ndarray  # (N,) float32
     distance: np.ndarray  # (N,) float32
     outlier: np.ndarray  # (N,) bool
@@ -71,6 +72,9 @@ def read(run: Path) -> Found:
         sha1=table["sha1"],
         cluster=cluster,
         probability=table["probability"].to_numpy(),
+        confidence=table["confidence"].to_numpy()
+        if "confidence" in table.column_names
+        else np.full(len(table), np.nan),
         margin=table["margin"].to_numpy(),
         distance=distance,
         outlier=table["is_outlier"].to_numpy(),
@@ -108,7 +112,7 @@ def _describe(found: Found) -> None:
     """Add to each cluster: share, probability, outliers, places and distances of the nearest others, is_junk."""
     place, k = found.place, len(found.clusters)
     sizes = np.bincount(place, minlength=k)
-    probability = np.bincount(place, found.probability, k) / sizes
+    probability, confidence = (np.bincount(place, x, k) / sizes for x in (found.probability, found.confidence))
     outliers = np.bincount(place[found.outlier], minlength=k)
     between = _between(found.features, place, k)
     for i, row in enumerate(found.clusters):
@@ -117,6 +121,7 @@ def _describe(found: Found) -> None:
             "name": row["name"] or "",
             "share": row["size"] / len(found),
             "probability": float(probability[i]),
+            "confidence": float(confidence[i]),
             "outliers": int(outliers[i]),
             "nearest": [(j, float(between[i, j])) for j in near],
             "is_junk": bool(row.get("is_junk")),

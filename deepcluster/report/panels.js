@@ -8,6 +8,7 @@ function look(i, from) {
   const card = $("c" + D.clusters[c].id), named = [dot(c), label(c)];
   fact("Cluster", card ? make("a", { href: "#c" + D.clusters[c].id, onclick: close }, ...named) : make("span", {}, ...named));
   fact("Probability", (probability[i] / 255).toFixed(2));
+  if (confidence.length) fact("Confidence", (confidence[i] / 255).toFixed(2));
   if (D.odd[i]) fact("Odd", D.odd[i]);
   if (D.copies[i]) fact("A copy of", D.copies[i]);
   const around = make("div", { className: "pics" });

@@ -66,6 +66,7 @@ def arranged(found: Found, rows: np.ndarray) -> tuple[np.ndarray, dict[str, Any]
         "xy": _packed(_grid(land.positions[rows]), "<u2") if land is not None else "",
         "cluster": _packed(np.minimum(found.place[rows], NONE), "<u2"),
         "probability": _packed(np.clip(found.probability[rows] * 255, 0, 255), "u1"),
+        "confidence": "" if np.isnan(found.confidence).any() else _packed(found.confidence[rows] * 255, "u1"),
         "k": near.shape[1],
         "near": _packed(near, "<u2"),
         "far": _packed(np.clip(far, 0, 2) * 32767, "<u2"),
