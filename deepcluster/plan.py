@@ -260,6 +260,7 @@ def asked(plan: Plan) -> dict[str, Any]:
     """
     if trust.is_code(plan.backbone):  # once it is a parameter, it counts as given by the user
         trust.check(plan.backbone)
+    usually = tuning.frozen(AUTO, plan.tune_last, plan.backbone, plan.weights, plan.init_from, plan.shape)
     same = {name: {getattr(stage, name) for stage in plan.stages} for name in ("epochs", "batch_size", "lr")}
     usual = {"n_clusters": plan.n_clusters, "view": "strong" if plan.shape[0] == 1 else "crop"}
     params: dict[str, Any] = {}
@@ -273,7 +274,7 @@ def asked(plan: Plan) -> dict[str, Any]:
         "backbone": plan.backbone,
         "weights": plan.weights,
         "init_from": plan.init_from,
-        "frozen": plan.frozen,
+        "frozen": AUTO if plan.frozen == usually else plan.frozen,
         "tune_last": plan.tune_last,
         "image_size": plan.shape[-1] if len(plan.shape) == 3 else AUTO,
         "random_state": plan.seed,

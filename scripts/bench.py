@@ -76,7 +76,7 @@ def main() -> None:
         for case in BENCHES[name](**options):
             show(name, case, args.json)
             cases.append(case)
-        if args.table:
+        if args.table and cases:
             written = table.section(name, table.command(), table.where(load), cases)
             table.update(args.table, name, written, [*BENCHES])
 

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save
 
-from deepcluster import edits
+from deepcluster import decisions, edits
 from deepcluster.classifier import Classifier
 from deepcluster.edits import Junk, Merge, Name
 from deepcluster.estimator import load
@@ -209,7 +209,7 @@ def test_decisions_of_any_shape(n, tmp_path):
     def check(found, way, instead, damage):
         data = json.dumps(changed(found, way, instead)).encode("utf-8", "surrogatepass")
         (tmp_path / "d.json").write_bytes(damaged(data, damage) if damage else data)
-        step = documented(lambda: edits.decisions(tmp_path / "d.json", "x"), ValueError)
+        step = documented(lambda: decisions.read(tmp_path / "d.json", "x"), ValueError)
         if step is not None:
             documented(lambda: edits.ids_after([""] * 5, [step]), ValueError)
             json.dumps(step.words())

@@ -31,8 +31,8 @@ QUICK = [
 ]
 FILES = {"config.json", "env.json", "metrics.jsonl", "train.log", "checkpoints/last.pt", "model/model.safetensors",
          "model/config.json", "model/names.json", "assignments.parquet", "features.npy", "clusters.parquet",
-         "skipped.csv", "report.html", "map.npz", ".lock"}  # fmt: skip
-COLUMNS = ["path", "sha1", "cluster", "name", "probability", "second", "margin", "distance", "is_outlier",
+         "skipped.csv", "report.html", "map.npz", "factors.parquet", ".lock"}  # fmt: skip
+COLUMNS = ["path", "sha1", "cluster", "name", "probability", "confidence", "second", "margin", "distance", "is_outlier",
            "is_representative", "is_junk", "look", "reason", "duplicate_of"]  # fmt: skip
 N = 24
 

@@ -95,7 +95,8 @@ def test_decisions_are_downloaded(opened, tmp_path):
 
 
 def test_the_command_can_apply_what_was_downloaded(opened, run, tmp_path):
-    from deepcluster.edits import Junk, Merge, Name, decisions
+    from deepcluster.decisions import read
+    from deepcluster.edits import Junk, Merge, Name
 
     page = opened()
     page.fill("#c0 .name", "mice")
@@ -107,7 +108,7 @@ def test_the_command_can_apply_what_was_downloaded(opened, run, tmp_path):
         page.click("#decisions .download")
     download.value.save_as(tmp_path / "decisions.json")
     of = results.identity(outputs.read_assignments(run))
-    assert decisions(tmp_path / "decisions.json", of).edits == (Merge((0, 1)), Name(0, "mice"), Junk(0))
+    assert read(tmp_path / "decisions.json", of).edits == (Merge((0, 1)), Name(0, "mice"), Junk(0))
     assert page.inner_text("#command") == f"deepcluster merge {run} --from decisions.json"
 
 

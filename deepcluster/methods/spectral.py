@@ -1,7 +1,8 @@
 """Spectral clustering on fixed features (Ng, Jordan & Weiss, NIPS 2001): groups that are joined by near neighbours.
 
-The graph joins every image with its nearest others by cosine; images are placed by the first K eigenvectors of the
-normalised graph, and k-means there gives the labels. A head of directions learns these, so that new images can be told.
+Explained by von Luxburg (Statistics and Computing 2007, arXiv:0711.0189). The graph joins every image with its nearest
+others by cosine; images are placed by the first K eigenvectors of the normalised graph, and k-means there gives the
+labels. A head of directions learns these, so that new images can be told.
 
 Deviations: neighbours instead of a Gaussian of all distances; at most ``MOST`` eigenvectors of many clusters.
 """
