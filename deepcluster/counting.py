@@ -38,8 +38,8 @@ def k(args: argparse.Namespace) -> None:
         atomic.write(run / "k.html", page(found, str(run), _galleries(found, model, args.data_root), command))
         said["page"] = str(run / "k.html")
     else:
-        features = _features(args)
-        found = howmany.evidence(features, low=args.min, high=args.max, seed=args.seed)
+        features, cosine = _features(args)
+        found = howmany.evidence(features, low=args.min, high=args.max, seed=args.seed, cosine=cosine)
     told = {name: value for name, value in found.to_dict().items() if name not in ("tree", "scale")}
     if args.json:
         print(json.dumps({"source": args.source, **told, **said}))
@@ -71,9 +71,12 @@ def recut(args: argparse.Namespace) -> None:
     print(f"to look at: deepcluster report {args.run}")
 
 
-def _features(args: argparse.Namespace) -> "np.ndarray":
-    """(N, D) of a source that holds features, or of its images by a pretrained network."""
-    from deepcluster import dist, frozen, log
+def _features(args: argparse.Namespace) -> "tuple[np.ndarray, bool]":
+    """(N, D) of a source that holds features, or (N, d) of its images as heads on a pretrained network see them.
+
+    And whether only their directions count, as in a run.
+    """
+    from deepcluster import dist, log
     from deepcluster import plan as planning
     from deepcluster.runs import Job
     from deepcluster.settings import Settings
@@ -81,7 +84,7 @@ def _features(args: argparse.Namespace) -> "np.ndarray":
 
     source = open_source(args.source, data_root=args.data_root)
     if source.features is not None:
-        return source.features
+        return source.features, False
     if not args.backbone:
         raise ValueError(f"{source.location} holds images, and how many kinds there are shows in features: name a "
                          "pretrained --backbone, or train first: deepcluster fit SOURCE --n-clusters auto --out RUN, "
@@ -93,8 +96,8 @@ def _features(args: argparse.Namespace) -> "np.ndarray":
     with log.Recording():
         store = job.store(source, *planning.choose_size(settings, source, device), device)
         plan = planning.resolve(settings, len(store), store.shape, device)
-        network, _ = planning.kept(plan, store, None, job.progress)
-        return frozen.extract(network, store, plan.backbone, job.progress)
+        _, vectors = planning.kept(plan, store, None, job.progress)
+        return vectors.data.cpu().numpy(), True
 
 
 def _galleries(found: "Evidence", model: "DeepCluster", data_root: str | None) -> list[Any]:

@@ -10,6 +10,7 @@ from tiny import join, leave, tiny_store, two_ranks
 from torch import nn
 
 from deepcluster import DeepCluster, doctor, frozen, load, metrics, tuning
+from deepcluster.__main__ import main
 from deepcluster.frozen import PART, Frozen, extract, principal, vectors, width
 from deepcluster.settings import Settings
 from deepcluster.stages import Plan
@@ -375,3 +376,20 @@ def test_plans_from_before_load():
            "shape": [1, 8, 8], "seed": 0, "bf16": False}  # fmt: skip
     plan = Plan.from_dict(old)
     assert (plan.frozen, plan.tune_last) == (False, 0)
+
+
+def test_k_of_images_sees_what_a_frozen_run_sees(package, capsys):
+    """Evidence for the images themselves is that of a run of them with the same network."""
+    np.save("images.npy", coloured(160)[0])
+    net = ["--backbone", "tiny_networks:make", "--quiet"]
+    assert (
+        main(["fit", "images.npy", *net, "--method", "kmeans", "--n-clusters", "4", "--epochs", "1", "--out", "run"])
+        == 0
+    )
+    capsys.readouterr()
+    said = []
+    for what in (["run"], ["images.npy", *net[:2]]):
+        assert main(["k", *what, "--json", "--max", "8", "--quiet"]) == 0
+        said.append(json.loads(capsys.readouterr().out))
+    assert said[0]["answers"] == said[1]["answers"] == [4]
+    assert [row["gain"] for row in said[0]["rows"]] == pytest.approx([row["gain"] for row in said[1]["rows"]], abs=0.05)
