@@ -42,18 +42,22 @@ Progress = Callable[..., Iterable]
 class Frozen(nn.Module):
     """A network that is not trained, and a fixed map of its features: (B, C, H, W) images in [0, 1] -> (B, d).
 
-    Features are rounded to float16, as they are kept, then projected and scaled to one length. What has one dimension
-    an image, (B, d), has been through all this already, and passes as it is: heads are trained on such vectors.
+    Features are rounded to float16, as they are kept, then projected and scaled to one length. Features without a
+    negative number, as they are after a rectifier, are replaced by their roots before (Perronnin, Sanchez & Mensink,
+    ECCV 2010), or few large ones would decide who is near whom. What has one dimension an image, (B, d), has been
+    through all this already, and passes as it is: heads are trained on such vectors.
     """
 
     map_mean: Tensor
     map_weight: Tensor
+    map_rooted: Tensor
 
     def __init__(self, network: nn.Module, dim: int, width: int):
         super().__init__()
         self.network = network.requires_grad_(False).eval()
         self.register_buffer("map_mean", torch.zeros(dim))
         self.register_buffer("map_weight", torch.zeros(width, dim))
+        self.register_buffer("map_rooted", torch.zeros((), dtype=torch.bool))
 
     def train(self, mode: bool = True) -> "Frozen":
         """Statistics of the network's norms stay as they are."""
@@ -67,8 +71,12 @@ class Frozen(nn.Module):
 
     def place(self, features: Tensor) -> Tensor:
         """(B, D) float16 -> (B, d) float32 of the length root d, so that linear heads learn at the usual rates."""
-        mapped = (features.float() - self.map_mean) @ self.map_weight.T
+        mapped = (self.tamed(features.float()) - self.map_mean) @ self.map_weight.T
         return F.normalize(mapped, dim=1) * len(self.map_weight) ** 0.5
+
+    def tamed(self, x: Tensor) -> Tensor:
+        """Features (B, D), or their roots; a new image may have a number below 0 where no image had one."""
+        return torch.where(self.map_rooted, x.clamp_min(0).sqrt(), x)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images, or vectors that were made by ``place``."""
@@ -79,10 +87,12 @@ class Frozen(nn.Module):
         """Find the map on the features (N, D) of the training images, which every rank has; rank 0's is taken."""
         if dist.is_main():
             rows = np.linspace(0, len(features) - 1, min(FITTED, len(features))).astype(int)
-            mean, weight = principal(torch.from_numpy(features[rows].astype(np.float32)), len(self.map_weight))
+            x = torch.from_numpy(features[rows].astype(np.float32))
+            self.map_rooted.copy_(x.min() >= 0)
+            mean, weight = principal(self.tamed(x), len(self.map_weight))
             self.map_mean.copy_(mean)
             self.map_weight[: len(weight)] = weight
-        for buffer in (self.map_mean, self.map_weight):
+        for buffer in (self.map_mean, self.map_weight, self.map_rooted):
             dist.from_main(buffer)
 
 

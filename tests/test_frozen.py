@@ -109,6 +109,23 @@ def test_vectors_pass_and_images_are_rounded_projected_and_scaled():
     assert torch.equal(model(expected), expected)
 
 
+def test_features_without_a_negative_number_are_replaced_by_their_roots():
+    features = np.random.default_rng(0).gamma(1.0, size=(50, 24)).astype(np.float16)
+    model = made()
+    model.fit(features)
+    roots = np.sqrt(features.astype(np.float32))
+    expected = (roots - roots.mean(0)) @ model.map_weight.numpy().T
+    expected *= 24**0.5 / np.linalg.norm(expected, axis=1, keepdims=True)
+    assert np.allclose(model.place(torch.from_numpy(features)).numpy(), expected, atol=1e-4)
+    assert model.place(torch.full((1, 24), -1.0)).isfinite().all()
+    signed = features - np.float16(1)
+    model.fit(signed)
+    centred = signed.astype(np.float32) - signed.astype(np.float32).mean(0)
+    expected = centred @ model.map_weight.numpy().T
+    expected *= 24**0.5 / np.linalg.norm(expected, axis=1, keepdims=True)
+    assert np.allclose(model.place(torch.from_numpy(signed)).numpy(), expected, atol=1e-3)
+
+
 def test_principal_directions_are_those_of_numpy_with_a_sign_of_their_own():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(200, 6)) * [5, 4, 3, 2, 1, 0.5] + 7
@@ -274,6 +291,86 @@ def test_resuming_is_exact(package, method):
     assert np.array_equal(stopped.labels_, whole.labels_)
     assert np.array_equal(stopped.embedding_, whole.embedding_)
     assert np.array_equal(stopped.predict_proba(images), whole.predict_proba(images))
+
+
+@pytest.mark.parametrize("given", [{}, {"tune_last": 1}, {"frozen": False}])
+def test_resuming_on_grey_images_is_exact(package, given):
+    """A network that sees grey images as colour is built again so, without what the run started from."""
+    images = coloured()[0].mean(1).astype(np.uint8)
+    np.save("images.npy", images)
+    whole = asked(method="sela", out="whole", **given).fit("images.npy")
+    assert len(whole.classifier_.state_dict()["backbone." + "network." * (not given) + "0.mean"]) == 3
+
+    def crash(report):
+        if report.clock.epoch == 1:
+            raise Crash
+
+    stopped = asked(method="sela", out="stopped", **given)
+    with pytest.raises(Crash):
+        stopped.fit("images.npy", hooks=[crash])
+    stopped._resume()
+    for name, value in whole.classifier_.state_dict().items():
+        assert torch.equal(value, stopped.classifier_.state_dict()[name]), name
+    assert np.array_equal(stopped.labels_, whole.labels_)
+    assert np.array_equal(stopped.embedding_, whole.embedding_)
+
+
+@pytest.mark.parametrize("grey", [False, True])
+def test_a_run_may_start_from_a_frozen_one(package, grey):
+    images, _ = coloured()
+    first = asked(out="first").fit(images)
+    other = images.mean(1).astype(np.uint8) if grey else images
+    again = DeepCluster(4, init_from="first", method="kmeans", epochs=3, image_size="auto").fit(other)
+    assert (again.plan_.frozen, again.plan_.backbone, again.plan_.shape[-1]) == (True, "tiny_networks:make", 16)
+    own, old = (dict(one.classifier_.backbone.network.state_dict()) for one in (again, first))
+    assert own.keys() == old.keys()
+    assert all(torch.equal(own[name], old[name]) for name in own), "what it came with, its normalisation too"
+    if not grey:
+        assert np.array_equal(again.embedding_, first.embedding_)
+    with pytest.raises(ValueError, match="first holds tiny_networks:make for 3x16x16 images, this run needs convnet"):
+        DeepCluster(4, init_from="first", backbone="convnet").fit(images)
+
+
+def test_what_a_pretrained_network_saw_is_the_size_of_the_next_run(package):
+    images, _ = coloured(40)
+    asked(image_size=12, out="first").fit(images)
+    assert DeepCluster(4, init_from="first", method="kmeans", epochs=1).fit(images).plan_.shape == (3, 12, 12)
+
+
+def test_the_backbone_of_any_run_can_be_kept(package):
+    """--init-from of a run that was trained, frozen if asked for, and always by the command cluster."""
+    images, _ = coloured()
+    np.save("images.npy", images)
+    first = DeepCluster(4, method="sela", backbone="convnet", epochs=1, out="first").fit(images)
+    again = DeepCluster(4, init_from="first", frozen=True, method="kmeans", epochs=2).fit(images)
+    learnt = dict(first.classifier_.backbone.state_dict())
+    own = again.classifier_.backbone.network.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in learnt.items())
+    command = ["cluster", "images.npy", "--init-from", "first", "--n-clusters", "4", "--epochs", "1", "--quiet"]
+    assert main([*command, "--out", "run"]) == 0
+    assert load("run").plan_.frozen
+    assert main([*command, "--method", "sela", "--no-frozen", "--out", "trained"]) == 0
+    assert not load("trained").plan_.frozen
+
+
+def _clusters(rank, port, folder):
+    join(rank, port)
+    found = {}
+    for method in ("kmeans", "temi"):
+        model = asked(method=method).fit(coloured()[0])
+        found[method] = torch.from_numpy(model.labels_)
+    leave()
+    torch.save(found, folder / f"{rank}.pt")
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_two_processes_give_the_clusters_of_one(package):
+    alone = {method: asked(method=method).fit(coloured()[0]).labels_ for method in ("kmeans", "temi")}
+    for found in two_ranks(_clusters, package):
+        assert {method: labels.tolist() for method, labels in found.items()} == {
+            method: labels.tolist() for method, labels in alone.items()
+        }
 
 
 def test_a_frozen_model_goes_through_onnx(package):
