@@ -26,7 +26,7 @@ from deepcluster.store import Store
 FORMAT = 1
 ROWS = 512  # images at a time
 COLUMNS = ("cluster", "probability", "second", "margin", "distance", "is_outlier", "confidence")
-MEASURED = ("centroids", "reach", "certainty")  # of the clusters, anew after each edit
+MEASURED = ("centroids", "reach", "trust")  # of the clusters, anew after each edit
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Classifier(nn.Module):
         order: (K,) cluster c is output ``order[c]`` of the head.
         centroids: (K', D) mean unit feature of each cluster.
         reach: (K',) distance beyond which an image of this cluster is an outlier.
-        certainty: (K',) what confidence in a cluster depends on; zeros of models of before there was any.
+        trust: (2,) how probabilities become confidence, see ``confidence.measure``.
         names: K', "" until somebody names a cluster.
         junk: ids that somebody marked as junk.
         steps: the edits, in order.
@@ -57,19 +57,18 @@ class Classifier(nn.Module):
 
     def __init__(self, spec: Spec, backbone: nn.Module, head: nn.Module, dim: int):
         super().__init__()
-        self.spec, self.dim, self.backbone, self.head = spec, dim, backbone, head
-        k = spec.n_clusters
+        self.spec, self.dim, self.backbone, self.head, k = spec, dim, backbone, head, spec.n_clusters
         self.order: Tensor
         self.centroids: Tensor
         self.reach: Tensor
-        self.certainty: Tensor
+        self.trust: Tensor
         self.register_buffer("order", torch.arange(k))
         self.register_buffer("centroids", torch.zeros(k, dim))
         self.register_buffer("reach", torch.full((k,), float("inf")))
-        self.register_buffer("certainty", torch.zeros(k))
+        self.register_buffer("trust", confidence.unknown())
         self.first_names = [""] * k
         self.steps: list[Step] = []
-        self.trained: dict[str, Tensor] = {}  # centroids and reach before the first edit
+        self.trained: dict[str, Tensor] = {}  # MEASURED before the first edit
         self._count()
         self.to(memory_format=torch.channels_last).eval()  # as in training: another layout rounds differently
 
@@ -97,15 +96,16 @@ class Classifier(nn.Module):
         return self.ids.junk
 
     @torch.no_grad()
-    def sort(self, features: np.ndarray, names: Sequence[str], steps: Sequence[Step]) -> dict[str, np.ndarray]:
+    def sort(self, features: np.ndarray, names: Sequence[str], steps: Sequence[Step],
+             looks: Tensor | None = None) -> dict[str, np.ndarray]:  # fmt: skip
         """Number the clusters by size, measure them on the training images' features (N, D); gives ``describe``.
 
-        ``names`` of the head's outputs, if they have any; ``steps``: edits that were made already.
+        ``names`` of the head's outputs, if any; ``steps``: edits made already; ``looks``: see ``confidence.measure``.
         """
         sizes = torch.bincount(self._clusters(features), minlength=self.spec.n_clusters).cpu().numpy()
         self.order.copy_(torch.from_numpy(np.argsort(-sizes, kind="stable")))
         self.name(names)
-        self._measure(features)
+        self._measure(features, looks)
         if steps:
             self._set(steps, features)
         return self.describe(features)
@@ -128,8 +128,8 @@ class Classifier(nn.Module):
         return cluster
 
     @torch.no_grad()
-    def _measure(self, features: np.ndarray) -> None:
-        """Centroids and reach of the clusters as they are now, from the features (N, D) of the training images."""
+    def _measure(self, features: np.ndarray, looks: Tensor | None = None) -> None:
+        """MEASURED of the clusters as they are now, from the features (N, D) of the training images."""
         k, device = self.n_clusters, self.order.device
         cluster = self._clusters(features)
         total = torch.zeros(k, self.dim, device=device)
@@ -140,7 +140,7 @@ class Classifier(nn.Module):
         for part, which, here in zip(self._parts(features), cluster.split(ROWS), far.split(ROWS), strict=True):
             here.copy_(distance(F.normalize(part, dim=1), self.centroids[which]))
         self.reach = torch.from_numpy(metrics.fences(far.cpu().numpy(), cluster.cpu().numpy(), k)).to(device)
-        self.certainty = confidence.measure(features, cluster, self.centroids)
+        self.trust = confidence.measure(self.judge, features, self.trust, looks)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, C, H, W) in [0, 1], or vectors (B, D) -> features (B, D), probabilities (B, K'), ids (B,)."""
@@ -167,7 +167,7 @@ class Classifier(nn.Module):
         best = others.max(1)
         alone = best.values < 0
         far = distance(F.normalize(features, dim=1), self.centroids[cluster])
-        sure = confidence.of(features, cluster, self.centroids, self.certainty)
+        sure = confidence.of(p, cluster, self.trust)
         second = torch.where(alone, -1, best.indices)
         margin = torch.where(alone, own, own - best.values)
         columns = (cluster, own, second, margin, far, far > self.reach[cluster], sure)
@@ -235,7 +235,7 @@ class Classifier(nn.Module):
         if self.steps:
             self._measure(features)
         else:
-            self.centroids, self.reach, self.certainty = (self.trained[name] for name in MEASURED)
+            self.centroids, self.reach, self.trust = (self.trained[name] for name in MEASURED)
 
     def split(self, features: np.ndarray, cluster: int, parts: int) -> edits.Split:
         """The edit that splits a cluster by the features (N, D) of the training images; raises as ``edits.split``."""
@@ -280,16 +280,16 @@ class Classifier(nn.Module):
                 return cls(spec, backbone, HEADS[spec.head](dim, spec.n_clusters), dim)  # type: ignore[arg-type]
 
             self = checked.built(folder / "model.safetensors", spec.n_clusters, build)
-            self.load_state_dict({"certainty": self.certainty, **weights})
+            self.load_state_dict({"trust": self.trust} | {n: x for n, x in weights.items() if n != "certainty"})
             names = json.loads((folder / "names.json").read_text(encoding="utf-8"))
             if (folder / "edits.safetensors").exists():
                 self.trained = self.measured
                 names, self.steps, measured = edits.unpack(folder / "edits.safetensors")
                 self.centroids, self.reach = measured["centroids"], measured["reach"]
-                self.certainty = measured.get("certainty", torch.zeros(len(self.reach)))
+                self.trust = measured.get("trust", confidence.unknown())
             self.first_names = [str(name) for name in names]
             self._count()
-            if [one.shape for one in self.measured.values()] != [(k := self.n_clusters, self.dim), (k,), (k,)]:
+            if [one.shape for one in self.measured.values()] != [(k := self.n_clusters, self.dim), (k,), (2,)]:
                 raise ValueError("its names or edits belong to another model")
             self.judge(torch.zeros(1, self.dim))  # so do edits of another width
         except FileNotFoundError as error:

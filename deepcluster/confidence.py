@@ -2,22 +2,26 @@
 
 A kind has one cluster: under the best one-to-one naming of clusters by kinds, as in the accuracy, the confidence of an
 image is the estimated probability that its cluster's name is right. A softmax tells how sure the network is of its own
-answer, which is more. Here the evidence is how well other ways to look at the same features agree:
+answer, which is more. So it is measured how often two answers agree that err in different ways:
 
-    image     its silhouette (simplified: cosine distances to the means of its own and of the next cluster)
-    cluster   mean silhouette; share of its images' nearest neighbours that are in it; share of its images that stay
-              together when a bootstrap of the features is clustered anew, from other seeds
+    the head, asked about one random view of an image
+    another clustering of the features, of a bootstrap and from other seeds, asked about another view of the same image
 
-    confidence = sigmoid(SLOPE * silhouette + offset of the cluster)
+Of networks trained independently, agreement estimates accuracy (Jiang et al., ICLR 2022, arXiv:2106.13799). The
+confidence of an image is the network's probability to the power of one exponent, over the sum for all clusters, and the
+exponent is what makes the mean confidence equal to the agreement: temperature scaling (Guo et al., ICML 2017,
+arXiv:1706.04599) without labels. No number in it was fitted to labelled data.
 
-The offset is linear in the three means of the cluster. At equal silhouettes neighbours count against it: a network that
-was trained long has pulled them together, right or wrong. The offset is all that a model has to keep, so that new
-images get the same, and it is measured anew when clusters are edited. The constants are the same for all data: those of
-a logistic regression, each kind of data with the same weight, on 44 labelled clusterings of digits, MNIST, flowers,
-CIFAR-10 and made groups, good and bad. Labels of the user's images are never asked.
+After an edit, clusters are measured anew without images: an image and its nearest neighbour then stand for its views,
+and their agreement is reduced by the share that was found when there were both.
 
-Shapes: N images, S of a sample, D features, K clusters.
+What clusters agree on may still be another thing than what somebody calls a kind; only labels could tell.
+
+Shapes: N images, S of a sample, n of views, D features, K clusters.
 """
+
+import math
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -27,28 +31,21 @@ from torch import Tensor
 
 from deepcluster.kmeans import nearest, plus_plus
 
-SAMPLE = 4096  # images, evenly spaced, that clusters are judged by
-NEIGHBOURS = 20
-AGAIN, ITERATIONS = 8, 20  # other clusterings, and steps of each
-SLOPE = 3.85  # of an image's own silhouette
-START, SEPARATE, NEAR, STEADY = -1.75, 3.2, -2.4, 2.2  # of the cluster's mean silhouette, neighbours, clusterings
+Judge = Callable[[Tensor], tuple[Tensor, Tensor]]  # features (B, D) -> probabilities (B, K), ids (B,)
+VIEW, LOOKED = "strong", 2000  # random view, and images that are looked at through two of them
+SAMPLE = 2048  # images, evenly spaced, that are clustered anew
+AGAIN, STARTS, ITERATIONS = 6, 4, 20  # other clusterings, the tightest of so many each; and steps
+LEAST, MOST = 2.0**-8, 2.0**8  # exponent
 
 
-def silhouettes(unit: Tensor, cluster: Tensor, centroids: Tensor) -> Tensor:
-    """(B,) in [0, 1] of unit features (B, D) in clusters (B,); rows of zeros of ``centroids`` (K, D) are not used.
-
-    An image that is nearer to another mean than to its own cluster's has 0: the network has its reasons.
-    """
-    far = (1 - unit @ F.normalize(centroids, dim=1).T).clamp_min(0)
-    own = far.gather(1, cluster[:, None])
-    other = far.masked_fill((centroids == 0).all(1), torch.inf).scatter(1, cluster[:, None], torch.inf).amin(1)
-    own, other = own[:, 0], torch.where(other.isfinite(), other, own[:, 0])
-    return ((other - own) / torch.maximum(own, other).clamp_min(1e-12)).clamp_min(0)
+def of(p: Tensor, cluster: Tensor, trust: Tensor) -> Tensor:
+    """(B,) confidence of images in clusters (B,) with probabilities (B, K); ``trust`` is what ``measure`` gave."""
+    return (p.log() * trust[0]).softmax(1).gather(1, cluster[:, None])[:, 0]
 
 
-def of(features: Tensor, cluster: Tensor, centroids: Tensor, offset: Tensor) -> Tensor:
-    """(B,) confidence of images with features (B, D) in clusters (B,); ``offset`` (K,) is what ``measure`` gave."""
-    return torch.sigmoid(offset[cluster] + SLOPE * silhouettes(F.normalize(features, dim=1), cluster, centroids))
+def unknown() -> Tensor:
+    """What ``measure`` would give where probabilities are right as they are, as in models that were not measured."""
+    return torch.ones(2)
 
 
 def kept(cluster: np.ndarray, confidence: np.ndarray, abstain: float) -> np.ndarray:
@@ -64,51 +61,83 @@ def check(abstain: object) -> float:
 
 
 @torch.no_grad()
-def measure(features: np.ndarray, cluster: Tensor, centroids: Tensor) -> Tensor:
-    """(K,) offsets of clusters with means ``centroids`` (K, D), from some of the features (N, D) in clusters (N,).
+def measure(judge: Judge, features: np.ndarray, trust: Tensor, looks: Tensor | None = None) -> Tensor:
+    """(2,) an exponent, and the share of the agreement of neighbours that two views have.
 
-    No process but the one that calls is needed. The same features give the same offsets.
+    No process but the one that calls is needed. The same features give the same.
+
+    Args:
+        judge: what gives images with features (B, D) their clusters.
+        features: (N, D) of the training images, of which some are taken.
+        trust: what was measured before; its share is kept where there are no ``looks``.
+        looks: (2, n, D) features of two random views of some images.
     """
-    n, k, device = len(features), len(centroids), centroids.device
-    rows = np.linspace(0, n - 1, min(n, SAMPLE)).astype(np.int64)
-    unit = F.normalize(torch.from_numpy(np.array(features[rows], np.float32)).to(device), dim=1)
-    cluster = cluster[torch.from_numpy(rows).to(device)]
-    seen = torch.stack([silhouettes(unit, cluster, centroids), _neighbours(unit, cluster), _steady(unit, cluster, k)])
-    total = torch.zeros(3, k, device=device).index_add_(1, cluster, seen)
-    size = torch.bincount(cluster, minlength=k)
-    # a cluster that is not in the sample, or hardly, is taken for as good as the others
-    mean = (total + 2 * seen.mean(1, keepdim=True)) / (size + 2)
-    return START + torch.tensor([SEPARATE, NEAR, STEADY], device=device) @ mean
+    rows = np.linspace(0, len(features) - 1, min(len(features), SAMPLE)).astype(np.int64)
+    sample = torch.from_numpy(np.array(features[rows], np.float32)).to(trust.device)
+    (p, cluster), unit = judge(sample), F.normalize(sample, dim=1)
+    others = list(_others(unit, cluster))
+    share, agreed = trust[1].item(), _agreement([(cluster, unit[_neighbour(unit)])], others)
+    if looks is not None:
+        one, two = looks
+        pairs = [(judge(a)[1], F.normalize(b, dim=1)) for a, b in ((one, two), (two, one))]
+        share = _agreement(pairs, others) / max(agreed, 1e-6)
+    low, high = math.log(LEAST), math.log(MOST)
+    for _ in range(40):
+        middle = (low + high) / 2
+        sure = of(p, cluster, trust.new_tensor([math.exp(middle)])).mean().item()
+        low, high = (middle, high) if sure < agreed * share else (low, middle)
+    return trust.new_tensor([math.exp(low), share])
 
 
-def _neighbours(unit: Tensor, cluster: Tensor) -> Tensor:
-    """(S,) share of an image's nearest neighbours in its own cluster."""
-    near = min(NEIGHBOURS, len(unit) - 1)
-    if near < 1:
-        return torch.ones(len(unit), device=unit.device)
-    shares = []
-    for start in range(0, len(unit), 512):
+def _agreement(pairs: list[tuple[Tensor, Tensor]], others: list[tuple[Tensor, Tensor]]) -> float:
+    """How often ids (n,) are those that other clusterings, means (k, D) and their ids (k,), give unit features (n, D).
+
+    The mean of all pairs of ids and features, and of all other clusterings.
+    """
+    same = [
+        (ids[nearest(unit, means)[0]] == cluster).float().mean() for cluster, unit in pairs for means, ids in others
+    ]
+    return torch.stack(same).mean().item()
+
+
+def _neighbour(unit: Tensor) -> Tensor:
+    """(S,) row of the nearest other of unit features (S, D); its own if there is no other."""
+    near = torch.zeros(len(unit), dtype=torch.int64, device=unit.device)
+    for start in range(0, len(unit) if len(unit) > 1 else 0, 512):
         close = unit[start : start + 512] @ unit.T
         rows = torch.arange(len(close), device=unit.device)
         close[rows, start + rows] = -2
-        own = cluster[start : start + 512, None]
-        shares.append((cluster[close.topk(near).indices] == own).float().mean(1))
-    return torch.cat(shares)
+        near[start : start + 512] = close.argmax(1)
+    return near
 
 
-def _steady(unit: Tensor, cluster: Tensor, k: int) -> Tensor:
-    """(S,) share of other clusterings, each of a bootstrap, in which an image is where most of its cluster is."""
+def _others(unit: Tensor, cluster: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Means (k, D) of other clusterings, each of a bootstrap of unit features (S, D), and the ids (k,) that fit best.
+
+    Of each the tightest of several k-means is taken, one of which begins with the clusters (S,) themselves: so they are
+    not doubted only because k-means went astray, but where the features can be cut better.
+    """
     used, place = cluster.unique(return_inverse=True)
-    votes = torch.zeros(len(unit), device=unit.device)
+    k = len(used)
+    own = F.normalize(torch.zeros(k, unit.shape[1], device=unit.device).index_add_(0, place, unit), dim=1)
     for seed in range(AGAIN):
         rng = torch.Generator().manual_seed(seed)
         drawn = unit[torch.randint(len(unit), (len(unit),), generator=rng).to(unit.device)]
-        means = plus_plus(drawn, len(used), rng, drawn[:0])
-        for _ in range(ITERATIONS):
-            sums = torch.zeros_like(means).index_add_(0, nearest(drawn, means)[0], drawn)
-            means = torch.where(sums.abs().sum(1, keepdim=True) > 0, F.normalize(sums, dim=1), means)
-        other = nearest(unit, means)[0]
-        pairs = torch.bincount(place * len(used) + other, minlength=len(used) ** 2).view(len(used), -1)
+        starts = [own, *(plus_plus(drawn, k, rng, drawn[:0]) for _ in range(STARTS - 1))]
+        found = [_lloyd(drawn, start) for start in starts]
+        means = found[int(torch.tensor([spread for _, spread in found]).argmin())][0]
+        pairs = torch.bincount(nearest(unit, means)[0] * k + place, minlength=k * k).view(k, k)
         _, match = linear_sum_assignment(pairs.cpu().numpy(), maximize=True)
-        votes += torch.from_numpy(match).to(unit.device)[place] == other
-    return votes / AGAIN
+        yield means, used[torch.from_numpy(match).to(used.device)]
+
+
+def _lloyd(unit: Tensor, means: Tensor) -> tuple[Tensor, float]:
+    """Spherical k-means from ``means`` (k, D): means, and the mean squared distance to them."""
+    before = None
+    for _ in range(ITERATIONS):
+        place, far = nearest(unit, means)
+        if before is not None and torch.equal(place, before):
+            break
+        sums, before = torch.zeros_like(means).index_add_(0, place, unit), place
+        means = torch.where(sums.abs().sum(1, keepdim=True) > 0, F.normalize(sums, dim=1), means)
+    return means, float(far.double().mean())

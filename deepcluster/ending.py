@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from deepcluster import dist, oddities, outputs, recut, results
+from deepcluster import confidence, dist, oddities, outputs, recut, results
+from deepcluster.batches import eval_batches
 from deepcluster.classifier import ROWS, Classifier, Spec
 from deepcluster.edits import Recut, Step
 from deepcluster.evaluate import Known
@@ -24,6 +25,7 @@ from deepcluster.model import Model
 from deepcluster.store import Store
 
 PIECE = 1 << 26  # bytes that are sent at a time
+VIEWED = 64  # images at a time
 
 
 @torch.no_grad()
@@ -60,7 +62,9 @@ def finish(
         made = _cut(outputs.read_features(out) if out else features, store, out, auto_k) if dist.is_main() else None
         steps = [recut.shared(made, store.device)]
     if dist.is_main():
-        found = classifier.sort(outputs.read_features(out) if out else features, names, steps)
+        found = classifier.sort(
+            outputs.read_features(out) if out else features, names, steps, _looks(classifier, store)
+        )
         columns = _seen(store, found, classifier, known)
         table = results.training_images(found, store.names, store.sha1, classifier, columns)
         if out:
@@ -78,6 +82,18 @@ def _cut(features: np.ndarray, store: Store, out: Path | None, seed: int) -> Rec
     some = torch.from_numpy(np.linspace(0, len(store) - 1, min(len(store), SAMPLE)).astype(np.int64))
     seen = store.take(some).float().cpu().numpy() if len(store.shape) == 1 else None
     return recut.first(features, out, seed, seen)
+
+
+def _looks(classifier: Classifier, store: Store) -> torch.Tensor:
+    """(2, n, D) features of some images through two random views; of fewer if the network is large and was not trained.
+
+    They are computed in small batches, by the process that calls.
+    """
+    n = confidence.LOOKED // 8 if classifier.spec.frozen else confidence.LOOKED
+    rows = np.linspace(0, len(store) - 1, min(len(store), n)).astype(np.int64)
+    some = replace(store, rows=store.rows[rows], names=[], sha1=[], skipped=[])
+    views = (eval_batches(some, confidence.VIEW, VIEWED, seed, shard=False) for seed in range(2))
+    return torch.stack([torch.cat([classifier.backbone(images).float() for images in view]) for view in views])
 
 
 def _share(classifier: Classifier) -> None:

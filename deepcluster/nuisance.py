@@ -36,7 +36,7 @@ FEWEST = 5  # images of a cluster, or of a word, that something is said of
 LEAST = 50  # images; of fewer nothing is said
 WORDS = 50  # most frequent words of a factor; the others are one
 BLOCK = 256  # images whose pixels are looked at at a time
-EXPLAINED = 0.6  # share of a factor that must lie between clusters for a warning; see scripts/confidence.py
+EXPLAINED = 0.6  # share of a factor that must lie between clusters for a warning; see scripts/nuisance.py
 FOLLOWS = ("file size",)  # from what an image shows: told, but no cause
 FACTORS = {  # name: columns, and what to do
     "brightness": (("brightness",), "train with stronger changes of brightness, or equalise the images first"),
@@ -49,8 +49,8 @@ FACTORS = {  # name: columns, and what to do
     "aspect": (("aspect",), "crop all images to one shape before clustering"),
     "file size": (("bytes",), "save all images alike (size, format, quality), or cluster them apart"),
     "file type": (("type",), "save all images in one format, or cluster each format by itself"),
-    "folder": (("folder",), "if folders are sources and not kinds, cluster each folder by itself"),
-    "subfolder": (("subfolder",), "if folders are sources and not kinds, cluster each of them by itself"),
+    "folder": (("folder",), "cluster each folder by itself"),
+    "subfolder": (("subfolder",), "cluster each subfolder by itself"),
     "camera": (("camera",), "cluster the images of each camera by themselves, or change colours more strongly"),
     "date": (("date",), "cluster the images of each period by themselves"),
 }
@@ -226,8 +226,8 @@ def explaining(found: list[Effect], n_clusters: int, folders_are_kinds: bool) ->
 def said(effect: Effect) -> str:
     """A warning in one line."""
     return (
-        f"{effect.factor} may explain the clusters: {100 * effect.size:.0f} % of its variation lies between them; if "
-        f"that is not what you look for, {effect.advice}"
+        f"{effect.factor} may explain the clusters: {100 * effect.size:.0f} % of its variation lies between them; your "
+        f"kinds may differ in it themselves; if not, {effect.advice}"
     )
 
 

@@ -63,12 +63,13 @@ def test_what_is_written_is_what_one_pass_finds(tmp_path):
     model, store, known, steps = given()
     classifier, table, features = ending.finish(model, 0, SPEC, store, tmp_path, known, steps)
     expected = Classifier(SPEC, model.backbone, model.heads[0], model.dim)
-    found = expected.sort(expected.predict(store, ("features",))["features"], known.names, steps)
+    looks = ending._looks(expected, store)
+    found = expected.sort(expected.predict(store, ("features",))["features"], known.names, steps, looks)
     assert features.shape == (0, D)
     assert np.array_equal(outputs.read_features(tmp_path), found["features"])
     np.save(tmp_path / "x.npy", found["features"])
     assert (tmp_path / "features.npy").read_bytes() == (tmp_path / "x.npy").read_bytes()
-    for name in ("cluster", "probability", "second", "margin", "distance", "is_outlier"):
+    for name in ("cluster", "probability", "second", "margin", "distance", "is_outlier", "confidence"):
         assert np.array_equal(table[name], found[name]), name
     assert outputs.read_assignments(tmp_path).equals(table)
     assert table["duplicate_of"][1050].as_py() == store.names[20]
