@@ -79,6 +79,15 @@ def test_every_image_suffix_is_taken_and_nothing_else(tmp_path):
     assert sorted(name.rsplit(".")[-1] for name in open_source(tmp_path).names) == sorted(wanted)
 
 
+def test_photographs_of_kinds_that_cannot_be_read_are_said(folder):
+    """A phone writes them; somebody who misses half of the images wants to know why."""
+    (folder / "cat" / "IMG_1.HEIC").write_bytes(b"0")
+    (folder / "notes.txt").write_bytes(b"0")
+    source = open_source(str(folder))
+    assert len(source.names) == 4
+    assert source.skipped == [(f"{folder}/cat/IMG_1.HEIC", ".heic cannot be read: convert it to JPEG")]
+
+
 def test_hidden_files_and_junk_are_passed_over(folder):
     for name in (".hidden.png", ".git/a.png", "__MACOSX/cat/a.png", "cat/._a.png", "Thumbs.db"):
         save(folder / name)

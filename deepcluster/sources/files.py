@@ -15,6 +15,8 @@ from pathlib import Path
 from deepcluster.decode import BadImage
 from deepcluster.sources.base import IMAGES, Classes, Skipped, Source, label, shown, stamp
 
+UNREAD = (".heic", ".heif", ".avif", ".jxl", ".dng", ".arw", ".cr2", ".cr3", ".nef", ".raf")  # of phones and cameras
+
 
 def files_source(
     location: str, paths: Iterable[str], skipped: Skipped, classes: Classes = None, root: str = ""
@@ -71,6 +73,8 @@ def folder_source(location: str, root: str, otherwise: Callable[[list[str], Coun
                 others[suffix] += 1
                 if suffix in IMAGES:
                     images.append(entry.path)
+                elif suffix in UNREAD:
+                    skipped.append((shown(entry.path), f"{suffix} cannot be read: convert it to JPEG"))
                 elif suffix in (".tar", ".parquet"):
                     shards.append(entry.path)
     if not images:
