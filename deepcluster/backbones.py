@@ -15,6 +15,7 @@ from deepcluster.recipe import hint
 from deepcluster.weights import check_file, load_weights
 
 LEAST = {"alexnet": 64, "vgg16": 32}  # pixels a side
+IDENTITY = "identity"  # of vectors that are features already
 SMALL = 64  # below this many pixels a side, networks made for photographs get a stem without stride
 
 
@@ -138,6 +139,21 @@ def mlp(channels: int, size: int) -> tuple[nn.Module, int]:
     return nn.Sequential(*layers, nn.Linear(256, 256, bias=False), nn.BatchNorm1d(256), nn.ReLU()), 256
 
 
+class Lifted(nn.Module):
+    """(B, D) vectors of about unit deviation -> (B, D + 1): a last number that is the same for all.
+
+    Heads and neighbours compare directions; with it two vectors of one direction and different lengths are apart, too.
+    """
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return F.pad(vectors, (0, 1), value=vectors.shape[1] ** 0.5)
+
+
+def identity(channels: int, size: int) -> tuple[nn.Module, int]:
+    """For vectors of ``channels`` numbers that are features already: as they are, ``Lifted``; nothing to train."""
+    return Lifted(), channels + 1
+
+
 BACKBONES: dict[str, Callable[[int, int], tuple[nn.Module, int]]] = {
     "convnet": convnet,
     "resnet18": _resnet("resnet18"),
@@ -146,6 +162,7 @@ BACKBONES: dict[str, Callable[[int, int], tuple[nn.Module, int]]] = {
     "vgg16": vgg16,
     "alexnet": alexnet,
     "mlp": mlp,
+    IDENTITY: identity,
 }
 _SPACES = {"torchvision": torchvision_backbone, "timm": timm_backbone}
 
@@ -186,8 +203,8 @@ def make_backbone(
     name, weights = pretrained.resolve(name)
     space, _, rest = name.partition(":")
     named, own = bool(rest) and space in _SPACES, pretrained.is_own(name)
-    if (named or own or name in BACKBONES) and (len(shape) == 1) != (name == "mlp"):
-        raise ValueError(f"{name} takes {'vectors' if name == 'mlp' else 'images'}; the data has shape {shape}")
+    if (named or own or name in BACKBONES) and (len(shape) == 1) != (name in ("mlp", IDENTITY)):
+        raise ValueError(f"{name} takes {'images' if len(shape) == 1 else 'vectors'}; the data has shape {shape}")
     if trust.is_code(name) and not trust.origin(name):
         raise unknown(name)
     if not (follows and mean is not None) and (found := pretrained.normalisation(name, weights, shape)):
@@ -203,6 +220,9 @@ def make_backbone(
         raise unknown(name)
     mean = torch.full((inputs,), 0.5) if mean is None else mean
     std = torch.full((inputs,), 0.25) if std is None else std
+    if name == IDENTITY:  # distances stay as they are: one scale; 1 stands for columns that are constant
+        varying = std[std != 1]
+        std = (varying.square().mean().sqrt() if len(varying) else std.new_ones(())).expand_as(std).clone()
     backbone = nn.Sequential(Normalise(mean, std), net)
     if weights:
         load_weights(backbone, weights, name)

@@ -34,6 +34,9 @@ PLAN: dict[str, tuple[type, ...]] = {
     "shape": (list,), "seed": whole, "bf16": (bool,), "on_collapse": words, "checkpoint_every": words,
     "auto_k": (bool,),
 }  # fmt: skip
+CHOSEN: dict[str, tuple[type, ...]] = {
+    "method": words, "consistency": number, "stability": number + none, "score": number, "seconds": number,
+}  # fmt: skip
 STAGE: dict[str, tuple[type, ...]] = {
     "method": words, "params": (dict,), "epochs": whole, "batch_size": whole, "lr": number, "momentum": number + none,
     "weight_decay": number,
@@ -91,6 +94,10 @@ def config(found: dict[str, Any]) -> None:
     data, plan = found["data"], found["plan"]
     typed(data, DATA, "data")
     typed(plan, PLAN, "plan")
+    for one in data.get("chosen", []):
+        typed(one, CHOSEN, "data.chosen")
+        if lacking := CHOSEN.keys() - one.keys():
+            raise ValueError(f"data.chosen has no {min(lacking)}")
     for stage in plan["stages"]:
         typed(stage, STAGE, "plan.stages")
     shape(plan["shape"])

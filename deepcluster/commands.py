@@ -139,8 +139,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from deepcluster.estimator import load
     from deepcluster.sources import open_source
 
-    config = outputs.read_config(Path(args.run))
-    data, labels = config["data"], args.labels
+    data, labels = outputs.read_config(Path(args.run))["data"], args.labels
     opened = open_source(args.source, data_root=args.data_root) if args.source else outputs.reopen(data, args.data_root)
     if labels == "auto" and not args.source and data["labels"] != "none":
         labels = evaluate.for_scores(data)
@@ -176,8 +175,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         raise ValueError(
             f"every label of {opened.location} in --labels {labels} was given to training; give a file with others"
         )
-    n_clusters = model.classifier_.n_clusters if config["plan"].auto_k else config["plan"].n_clusters
-    scores = evaluate.scores(cluster, true, n_clusters)
+    ids = model.classifier_.ids
+    scores = evaluate.scores(cluster, true, ids.total - len(ids.gone))
     scores |= reliability.draw(Path(args.run), sure, cluster, true)
     if learnt:
         scores["n_given_left_out"] = int((known >= 0).sum() - (true >= 0).sum())

@@ -3,21 +3,21 @@
 Some of the images go through the whole run, three epochs of every stage, in a temporary folder; the rest is arithmetic.
 """
 
-import logging
+import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from deepcluster import decode, dist, doctor, evaluate, outputs, runs
+from deepcluster import choosing, decode, dist, doctor, evaluate, log, outputs, runs
 from deepcluster import plan as planning
 from deepcluster.decode import BadImage
 from deepcluster.plan import Plan, Stage
@@ -51,16 +51,37 @@ class _Found:
     """What trying it took.
 
     Attributes:
+        features: seconds until the features of a frozen backbone were there.
         epochs: seconds of each epoch, by stage.
         ending: seconds of what follows the training, and of the report in that.
         saved: bytes of the checkpoint, and of the files of the run that do not grow with the images.
         dim: of the features.
+        kept: numbers of each image that the cache keeps of a frozen backbone, or 0.
     """
 
+    features: float
     epochs: dict[int, list[float]]
     ending: tuple[float, float]
     saved: tuple[int, int]
     dim: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class _Watched(Job):
+    """In a folder, without bars: notes how many seconds features took."""
+
+    took: list[float] = field(default_factory=list)
+
+    def progress(self, of: Any, **kw: Any) -> Any:
+        """From now on to the last of them."""
+        began = time.perf_counter()
+
+        def through() -> Iterator[Any]:
+            yield from of
+            self.took.append(time.perf_counter() - began)
+
+        return through()
 
 
 def lines(settings: Settings, X: Any, job: Job) -> list[str]:
@@ -69,7 +90,8 @@ def lines(settings: Settings, X: Any, job: Job) -> list[str]:
     Raises:
         ValueError: as the run would.
     """
-    planning.check(settings)
+    with _apart():  # where it is noted, too, that backbones which are code may run
+        planning.check(settings)
     if job.out is not None:
         outputs.check(job.out, job.overwrite, runs.reads(settings, X))
     device = dist.setup(settings.device)
@@ -78,15 +100,23 @@ def lines(settings: Settings, X: Any, job: Job) -> list[str]:
     size, channels = planning.choose_size(settings, source, device)
     one = (channels, size, size) if source.features is None else (channels,)
     n = len(source.names)
-    plan = planning.resolve(settings, n, one, device)
+    plan = planning.resolve(settings, n, one, device, trial=settings.undecided)
     least = max(2 * s.batch_size for s in plan.stages), max(max(s.recipe().heads) for s in plan.stages)
     count = min(n, max(min(MOST, PIXELS // int(np.prod(one[-2:]))), *least))
     began = time.perf_counter()
     sample = _sample(source, np.linspace(0, n - 1, count).astype(int), plan.shape, device, job.workers)
     decoding = (time.perf_counter() - began) / count * n
-    found = _try(plan, sample)
+    m, trying = len(sample), 0.0
+    with _apart() as folder:
+        job = _Watched(folder / "run")
+        if settings.undecided:
+            began = time.perf_counter()
+            settings, _ = choosing.choose(settings, sample, job.progress)
+            trying = time.perf_counter() - began - sum(job.took)
+            trying *= (min(n, choosing.SAMPLE) / min(m, choosing.SAMPLE)) ** (2 / 3)  # more images, but fewer epochs
+            plan = planning.resolve(settings, n, one, device)
+        found = _try(plan, sample, job)
 
-    m = len(sample)
     held = int(np.prod(plan.shape)) * sample.data.element_size()
     as_is = source.features is not None or whole(doctor.cache_dir() / key(source, (n, *plan.shape)), (n, *plan.shape))
     where = "taken as they are" if source.features is not None else "in the cache already" if as_is else "to be cached"
@@ -95,17 +125,21 @@ def lines(settings: Settings, X: Any, job: Job) -> list[str]:
     peak = doctor.peak_memory() or 0
     disk = next(folder for folder in (doctor.cache_dir(), *doctor.cache_dir().absolute().parents) if folder.exists())
     checkpoint, rest = found.saved
+    cached = n * ((0 if as_is else held) + 2 * found.kept)
     run = checkpoint + rest + n * (4 * found.dim + FILES)
     said = [
         f"images       {n} of {'x'.join(map(str, plan.shape))}: {_mb(n * held)} as decoded, {where}",
         f"memory       {_mb(peak + more)} with Python and PyTorch; {_mb(doctor.free_memory() or 0)} free"
         f"{'' if inside else '; images are read from disk'}",
         *([f"GPU memory   {_mb(torch.cuda.max_memory_allocated(device))}"] if device.type == "cuda" else []),
-        f"disk         {_mb(0 if as_is else n * held)} cache + {_mb(run)} run, of it {_mb(checkpoint)} its checkpoint; "
+        f"disk         {_mb(cached)} cache + {_mb(run)} run, of it {_mb(checkpoint)} its checkpoint; "
         f"{_mb(shutil.disk_usage(disk).free)} free",
         f"decoding     {_time(0 if as_is else decoding)}",
     ]
-    total = 0 if as_is else decoding
+    features = found.features * n / m
+    said += [f"features     {_time(features)}, unless they are in the cache"] if plan.frozen else []
+    said += [f"trying       {_time(trying)} for {len(choosing.TRIED)} methods"] if trying else []
+    total = (0 if as_is else decoding) + features + trying
     for number, stage in enumerate(plan.stages):
         seconds = _stage(stage, found.epochs[number], n, m)
         total += seconds
@@ -151,7 +185,21 @@ def _sample(
     return Store(data.to(device), np.arange(len(data)), names, names, [], device, "memory")
 
 
-def _try(plan: Plan, sample: Store) -> _Found:
+@contextmanager
+def _apart() -> Iterator[Path]:
+    """A folder for what is tried in here, with a cache of its own; it is gone afterwards, and nothing is said."""
+    before = os.environ.get("DEEPCLUSTER_CACHE")
+    with tempfile.TemporaryDirectory(prefix="deepcluster-") as folder, log.silent():
+        os.environ["DEEPCLUSTER_CACHE"] = f"{folder}/cache"
+        try:
+            yield Path(folder)
+        finally:
+            del os.environ["DEEPCLUSTER_CACHE"]
+            if before is not None:
+                os.environ["DEEPCLUSTER_CACHE"] = before
+
+
+def _try(plan: Plan, sample: Store, job: _Watched) -> _Found:
     """The whole run, on some images, for three epochs a stage."""
     short = replace(plan, on_collapse="warn", checkpoint_every="1000000h",
                     stages=tuple(_Tried(**{**vars(stage), "epochs": 3}) for stage in plan.stages))  # fmt: skip
@@ -167,28 +215,19 @@ def _try(plan: Plan, sample: Store) -> _Found:
         epochs.setdefault(report.state.stage, []).append(report.seconds)
         last = time.perf_counter()
 
-    with tempfile.TemporaryDirectory(prefix="deepcluster-") as folder, _silence():
-        out = Path(folder) / "run"
-        outputs.prepare(out)
-        data = {"source": "a sample", "cwd": folder, "data_root": None, "labels": "none", "n_images": len(sample),
-                "size": (plan.shape[-1], plan.shape[0]), "content": "", "signature": ""}  # fmt: skip
-        runs.describe(out, short, data, sample)
-        result = runs.train(short, data, sample, Job(out), None, known, hooks=(clock,))
-        ending, began = time.perf_counter() - last, time.perf_counter()
-        write_report(out, sample)
-        saved = (out / "checkpoints" / "last.pt").stat().st_size
-        rest = sum(f.stat().st_size for f in out.rglob("*") if f.suffix in (".safetensors", ".html"))
-        return _Found(epochs, (ending, time.perf_counter() - began), (saved, rest), result.classifier.dim)
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    log = logging.getLogger("deepcluster")
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
+    assert job.out is not None
+    outputs.prepare(out := job.out)
+    data = {"source": "a sample", "cwd": ".", "data_root": None, "labels": "none", "n_images": len(sample),
+            "size": (plan.shape[-1], plan.shape[0]), "content": "", "signature": ""}  # fmt: skip
+    runs.describe(out, short, data, sample)
+    classifier = runs.train(short, data, sample, job, None, known, hooks=(clock,)).classifier
+    ending, began = time.perf_counter() - last, time.perf_counter()
+    write_report(out, sample)
+    ends = ending, time.perf_counter() - began
+    saved = (out / "checkpoints" / "last.pt").stat().st_size
+    rest = sum(f.stat().st_size for f in out.rglob("*") if f.suffix in (".safetensors", ".html"))
+    kept = classifier.backbone.map_mean.numel() if plan.frozen else 0  # type: ignore[operator]
+    return _Found(sum(job.took), epochs, ends, (saved, rest), classifier.dim, kept)
 
 
 def _mb(n: float) -> str:

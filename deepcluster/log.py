@@ -1,5 +1,6 @@
-"""What a run says while it trains: metrics.jsonl, train.log and one progress bar. Rank 0 only; changes nothing."""
+"""What a run says while it trains: metrics.jsonl, train.log and progress bars. Rank 0 only; changes nothing."""
 
+import contextlib
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from deepcluster.terminal import Visible
 from deepcluster.trainer import Report
 
 logger = logging.getLogger("deepcluster")
+PARTS = {"decoding": 5, "features": 60, "trying": 20, "training": 3, "results": 12}  # of a whole run: about its time
 
 
 class Recording:
@@ -109,16 +111,93 @@ class Metrics:
             os.fsync(f.fileno())  # the checkpoint that follows must not outlive it
 
 
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Nothing is said in here: what trials say of themselves is of no use to anybody."""
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def no_bar(quiet: bool) -> bool:
     """Bars are for people: not for files, not for pipes."""
     return quiet or not dist.is_main() or not sys.stderr.isatty()
 
 
+_whole: tqdm | None = None  # the bar over a whole run, while there is one
+
+
+@contextlib.contextmanager
+def whole(hide: bool) -> Iterator[None]:
+    """One bar, in per cent of ``PARTS``, instead of one for each that is asked for in here, unless ``hide``."""
+    global _whole
+    if hide:
+        yield
+        return
+    shape = "{desc:<17} {percentage:3.0f}%|{bar}| {elapsed}"
+    with tqdm(total=sum(PARTS.values()), desc="opening", file=sys.stderr, miniters=0, bar_format=shape) as one:
+
+        def clear(record: logging.LogRecord) -> bool:
+            one.clear()  # what is said takes its line; it is drawn again below that
+            return True
+
+        logger.addFilter(clear)
+        _whole = one
+        try:
+            yield
+            at("results", 1.0, "done")
+        finally:
+            _whole = None
+            logger.removeFilter(clear)
+
+
+def at(part: str, share: float = 0.0, says: str = "") -> None:
+    """Move the bar over the whole run, if there is one, to this share of a part; never back."""
+    if _whole is not None:
+        names = list(PARTS)
+        done = sum(PARTS[name] for name in names[: names.index(part)]) + PARTS[part] * min(share, 1.0)
+        _whole.update(max(0.0, done - _whole.n))
+        _whole.set_description_str(says or part, refresh=(says or part) != _whole.desc)
+
+
+class _Part:
+    """Used as a bar, it moves the bar over the whole run."""
+
+    def __init__(self, part: str, of: Iterable = (), total: int = 1, initial: int = 0, desc: str = "", **kw: Any):
+        self.part, self.of, self.total, self.n = part, of, total, initial
+        self.says = part if desc == part else f"{part} {desc}"
+        self.update(0)
+
+    def __iter__(self) -> Iterator[Any]:
+        for one in self.of:
+            yield one
+            self.update()
+
+    def update(self, n: int = 1) -> None:
+        self.n += n
+        at(self.part, self.n / self.total, self.says)
+
+    def set_postfix(self, *shown: Any, **more: Any) -> None:
+        """Its figures are left out."""
+
+    def close(self) -> None:
+        """The whole goes on."""
+
+
+def bar(part: str, quiet: bool = False, **kw: Any) -> Any:
+    """A bar of tqdm, by its arguments ``kw``, or where there is one over the whole run, that ``part`` of it."""
+    if _whole is not None and not quiet:
+        return _Part(part, **kw)
+    return tqdm(kw.pop("of", None), file=sys.stderr, disable=no_bar(quiet), **kw)
+
+
 class Bar:
-    """One tqdm bar a stage: steps, loss, clusters in use, and agreement with the labels of the epoch before."""
+    """A bar for each stage: steps, loss, clusters in use, and agreement with the labels of the epoch before."""
 
     def __init__(self, name: str, steps: int, done: int = 0, quiet: bool = False):
-        self.bar = tqdm(total=steps, initial=done, desc=name, unit="step", file=sys.stderr, disable=no_bar(quiet))
+        self.bar = bar("training", quiet, total=steps, initial=done, desc=name, unit="step")
         self.name = name
 
     def __call__(self, batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -31,7 +31,8 @@ FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # what a spreadsheet takes for the be
 FILES = ("config.json", "env.json", "metrics.jsonl", "train.log", "assignments.parquet", "features.npy",
          "clusters.parquet", "skipped.csv", "report.html", "checkpoints/last.pt", "checkpoints/last.tmp",
          "checkpoints/healthy.pt", "checkpoints/healthy.tmp", "model/model.safetensors", "model/config.json",
-         "model/names.json", "model/edits.safetensors", "map.npz", "k.safetensors", "k.html")  # fmt: skip
+         "model/names.json", "model/edits.safetensors", "map.npz", "factors.parquet", "reliability.svg",
+         "k.safetensors", "k.html")  # fmt: skip
 
 LOCK = ".lock"
 FIRST = {LOCK, "train.log", "env.json", "env.json.tmp", "skipped.csv", "skipped.csv.tmp", "config.json.tmp"}  # what is

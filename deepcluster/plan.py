@@ -13,16 +13,15 @@ from typing import Any
 import torch
 
 from deepcluster import howmany, pretrained, trust, tuning
-from deepcluster.backbones import LEAST, check_name
+from deepcluster.backbones import IDENTITY, LEAST, check_name
 from deepcluster.batches import steps
 from deepcluster.checked import LARGEST
-from deepcluster.classifier import Classifier
 from deepcluster.doctor import cpu_bf16
 from deepcluster.log import logger
 from deepcluster.recipe import METHODS, OPTIMISER, PAPER, Recipe, hint, make_recipe
 from deepcluster.settings import AUTO, BEST, Settings
 from deepcluster.sources import Source
-from deepcluster.stages import Plan, Stage, attempt, kept, run, starting_point
+from deepcluster.stages import Plan, Stage, attempt, earlier, kept, run, starting_point
 from deepcluster.store import Probe, probe
 
 EPOCHS = 23  # of a stage with passes = 1 on 10,000 images; eight times as many images get half as many
@@ -47,6 +46,9 @@ def choose_size(settings: Settings, source: Source, device: torch.device) -> tup
         return 1, source.features.shape[1]
     seen = probe(source)
     trained = pretrained.size(settings.backbone, settings.weights)
+    if settings.init_from and settings.backbone == AUTO:
+        spec = earlier(settings.init_from).spec
+        trained = spec.shape[-1] if spec.frozen or pretrained.is_own(spec.backbone) else None
     size = trained or max(image_size(seen, device), LEAST.get(settings.backbone, 1))
     size = size if settings.image_size == AUTO else int(settings.image_size)
     if size > LARGEST:
@@ -134,9 +136,9 @@ def check(settings: Settings) -> None:
     Raises:
         ValueError: with the nearest right name.
     """
-    if settings.method in (BEST,) and settings.params:
+    if settings.undecided and settings.params:
         raise ValueError("the methods that are tried have their own defaults: leave --set out, or give --method")
-    if settings.method not in (AUTO,) or settings.use_labels:
+    if settings.method != AUTO or settings.use_labels:
         _stages(_over(settings, OVER**2), grey=True)
     if settings.backbone != AUTO:
         check_name(settings.backbone, settings.weights)
@@ -205,16 +207,21 @@ def resolve(
     backbone, weights = pretrained.resolve(settings.backbone, settings.weights)
     if settings.init_from:
         _unlabelled(settings.init_from)
+        if weights:
+            raise ValueError(
+                f"--backbone {settings.backbone} brings weights, and so does --init-from; give one of them"
+            )
     if backbone == AUTO and settings.init_from:
-        backbone = Classifier.load(Path(settings.init_from) / "model", torch.device("cpu")).spec.backbone
+        backbone = earlier(settings.init_from).spec.backbone
     elif backbone == AUTO:
         backbone = "mlp" if len(shape) == 1 else "convnet" if shape[-1] < 64 else "resnet18"
     frozen = tuning.frozen(settings.frozen, settings.tune_last, backbone, weights, settings.init_from, shape)
-    lr = settings.lr if settings.lr != AUTO else 2e-3 if frozen or backbone in ("convnet", "mlp") else 1e-3
+    fixed = frozen or backbone == IDENTITY
+    lr = settings.lr if settings.lr != AUTO else 2e-3 if fixed or backbone in ("convnet", "mlp") else 1e-3
     bf16 = settings.precision == "bf16" or (
         settings.precision == AUTO and (torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_bf16())
     )
-    named = _stages(settings, shape[0] == 1, n_images, frozen)
+    named = _stages(settings, shape[0] == 1, n_images, fixed)
     share = min(1.0, TOGETHER / sum(make_recipe(name, **params).passes for name, params in named))
     stages = []
     for name, params in named:
@@ -236,7 +243,7 @@ def resolve(
         epochs = settings.epochs if settings.epochs != AUTO else auto
         stages.append(Stage(name, params, int(epochs), batch, **{"lr": float(lr) * recipe.pace, **hard}))
     plan = Plan(tuple(stages), k, backbone, weights, settings.init_from, tuple(shape), settings.seed,
-                bf16 and device.type != "mps" and not frozen, settings.on_collapse, settings.checkpoint_every, frozen,
+                bf16 and device.type != "mps" and not fixed, settings.on_collapse, settings.checkpoint_every, frozen,
                 settings.tune_last, auto_k)  # fmt: skip
     for stage in plan.stages:
         steps(n_images, stage.batch_size)

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from tqdm import tqdm
 
 from deepcluster import __version__ as version
-from deepcluster import atomic, checkpoint, choosing, dist, doctor, ending, evaluate, metrics, nuisance, outputs
+from deepcluster import atomic, checkpoint, choosing, dist, doctor, ending, evaluate, log, metrics, nuisance, outputs
 from deepcluster import edits as editing
 from deepcluster import plan as planning
 from deepcluster.classifier import Classifier, Spec
@@ -23,7 +22,7 @@ from deepcluster.log import Metrics, Recording, logger, no_bar
 from deepcluster.plan import Plan, choose_size
 from deepcluster.report import write_report
 from deepcluster.sentinel import Sentinel
-from deepcluster.settings import BEST, Settings
+from deepcluster.settings import Settings
 from deepcluster.sources import Source, open_source
 from deepcluster.store import Store, open_store
 
@@ -42,7 +41,7 @@ class Job:
 
     def progress(self, of: Any, **kw: Any) -> Any:
         """A bar over images."""
-        return tqdm(of, unit="image", disable=no_bar(self.quiet), **kw)
+        return log.bar(kw["desc"], self.quiet, of=of, unit="image", **kw)
 
     def store(self, source: Source, size: int, channels: int, device: torch.device) -> Store:
         """The decoded images of a source."""
@@ -79,16 +78,16 @@ def begin(settings: Settings, X: Any, job: Job, y: Any = None, hooks: tuple[Call
     if out and not again:
         outputs.check(out, job.overwrite, reads(settings, X))
     device = dist.setup(settings.device)
-    with Recording() as record, contextlib.ExitStack() as held:
+    hide = not settings.undecided or no_bar(job.quiet)
+    with Recording() as record, log.whole(hide), contextlib.ExitStack() as held:
         source = open_source(X, data_root=job.data_root)
         known = evaluate.known_labels(settings, source.names, job.labels if y is None else y)
         true = evaluate.true_classes(source, "auto" if settings.use_labels and y is None else job.labels)
         size = choose_size(settings, source, device)
         store = job.store(source, *size, device)
         chosen: list[dict[str, Any]] = []
-        if settings.method in (BEST,):
-            method, chosen = choosing.choose(settings, store, job.progress, job.quiet)
-            settings = replace(settings, method=method)
+        if settings.undecided:
+            settings, chosen = choosing.choose(settings, store, job.progress)
         plan = planning.resolve(settings, len(store), store.shape, device)
         known = known and known.of_rows(store.rows)
         where = os.fspath(X) if isinstance(X, (str, os.PathLike)) else source.location
@@ -234,6 +233,7 @@ def train(
                                         job.quiet, torch.from_numpy(known.labels) if known else None,
                                         frozen)  # fmt: skip
     seconds = time.perf_counter() - began
+    log.at("results")
     head = state.reported(recipe.rivals)
     spec = Spec(plan.backbone, plan.shape, type(model.heads[head]).__name__, plan.n_clusters, version,
                 frozen=model.dim if plan.frozen else 0)  # fmt: skip
@@ -245,6 +245,7 @@ def train(
     asked = classifier.n_clusters if plan.auto_k else plan.n_clusters
     scores = None if true is None else evaluate.scores(cluster, true, asked)
     if out and dist.is_main():
+        log.at("results", 0.5, "report")
         nuisance.look(out, store, cluster, data["labels"] == "auto")
         write_report(out, store, true)
     dist.barrier()

@@ -59,6 +59,11 @@ class Settings:
     use_labels: bool = False
     params: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def undecided(self) -> bool:
+        """Whether the method is to be chosen, by trying several."""
+        return self.method.split("+") == [BEST]
+
     def __post_init__(self) -> None:
         for name, (low, high) in BOUNDS.items():
             value = getattr(self, name)

@@ -77,27 +77,34 @@ class Plan:
         return asdict(self)
 
 
+def earlier(run: str) -> Classifier:
+    """The model of a run to start from; raises as ``Classifier.load``."""
+    return Classifier.load(Path(run) / "model", torch.device("cpu"))
+
+
 def starting_point(plan: Plan, mean: Tensor | None = None, std: Tensor | None = None) -> tuple[nn.Module, int]:
     """The backbone before training, and its feature dimension; ``mean`` and ``std`` are of the images.
 
     Raises:
         ValueError: the backbone cannot take these images, or the weights to start from do not fit it.
     """
-    before = Classifier.load(Path(plan.init_from) / "model", torch.device("cpu")) if plan.init_from else None
+    old = earlier(plan.init_from) if plan.init_from else None
     normal = pretrained.normalisation(plan.backbone, plan.weights, plan.shape)
-    if before is not None:
-        was: Any = before.backbone[0]  # type: ignore[index]
-        normal = (was.mean, was.std) if pretrained.came_with(before.spec.backbone, was.mean) else normal
+    if old is not None:
+        learnt = old.backbone.network if isinstance(old.backbone, Frozen) else old.backbone
+        was: Any = learnt[0]  # type: ignore[index]
+        normal = (was.mean, was.std) if pretrained.came_with(old.spec.backbone, was.mean) else normal
     mean, std = normal or (mean, std)
-    backbone, dim = make_backbone(plan.backbone, plan.shape, mean, std, follows=bool(plan.weights or before))
+    backbone, dim = make_backbone(plan.backbone, plan.shape, mean, std, follows=bool(plan.weights or old))
     if plan.weights:
         load_weights(backbone, plan.weights, plan.backbone)
-    if before is not None:
-        own, other = backbone.state_dict(), before.backbone.state_dict()
-        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in other.items()}:
-            old, now = ("x".join(map(str, shape)) for shape in (before.spec.shape, plan.shape))
+    if old is not None:
+        own, other = backbone.state_dict(), learnt.state_dict()
+        shapes = [{k: v.shape for k, v in one.items() if v.dtype != torch.uint8} for one in (own, other)]  # ONNX: bytes
+        if shapes[0] != shapes[1]:
+            was_of, now = ("x".join(map(str, shape)) for shape in (old.spec.shape, plan.shape))
             raise ValueError(
-                f"{plan.init_from} holds {before.spec.backbone} for {old} images, this run needs "
+                f"{plan.init_from} holds {old.spec.backbone} for {was_of} images, this run needs "
                 f"{plan.backbone} for {now}; start from a run with the same --backbone and channels"
             )
         kept = ("0.mean", "0.std")  # of the new images
@@ -150,8 +157,9 @@ def attempt(plan: Plan) -> None:
                 raise ValueError("its features are NaN or infinite, so its weights are damaged")
     except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError) as error:  # whatever its code raises
         shape = "x".join(map(str, images.shape[1:]))
+        named = plan.weights if plan.backbone.startswith("onnx:") and plan.weights else plan.backbone
         raise ValueError(
-            f"the backbone {plan.backbone} does not work on {shape} images: {str(error).splitlines()[0]}; "
+            f"the backbone {named} does not work on {shape} images: {str(error).splitlines()[0]}; "
             "try another --image-size or --backbone"
         ) from error
 

@@ -1,14 +1,18 @@
 """``deepcluster cluster``: which method, judged without labels, and the run that follows."""
 
+import io
+import itertools
 import json
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import cohen_kappa_score
 
-from deepcluster import DeepCluster, choosing, load, metrics
+from deepcluster import DeepCluster, choosing, foreign, load, metrics
 from deepcluster.__main__ import main
 
 NETWORK = """
@@ -63,10 +67,51 @@ def test_the_command_makes_a_whole_run_and_says_why(images, capsys):
     assert chosen[0]["score"] == max(one["score"] for one in chosen if one["stability"] is not None)
     assert all(one["score"] <= chosen[0]["score"] for one in chosen if one["stability"] is None)
     assert f"chosen: {chosen[0]['method']}, whose clusters agree" in Path("run/train.log").read_text()
+    said = f"<dt>Method chosen</dt><dd><bdi>{chosen[0]['method']}, whose clusters agree"
+    assert said in Path("run/report.html").read_text()
     model = load("run")
     assert metrics.accuracy(model.labels_, np.arange(160) % 4) == 1
     assert np.array_equal(model.predict(images), model.labels_)
     assert "report.html" in capsys.readouterr().out
+
+
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_one_bar_over_the_whole_run(images, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Screen())
+    assert main(["cluster", "images.npy", "--out", "run", *TINY[:-1]]) == 0
+    said = sys.stderr.getvalue()
+    drawn = re.findall(r"(\w+)( \w+)? +(\d+)%\|", said)
+    shares = [int(share) for _, _, share in drawn]
+    assert shares == sorted(shares)
+    assert (shares[0], shares[-1]) == (0, 100)
+    parts = [part for part, _ in itertools.groupby(drawn, lambda one: one[0])]
+    assert parts == ["opening", "decoding", "features", "trying", "training", "results", "report", "done"]
+    tried = [one for one, _ in itertools.groupby(name.strip() for part, name, _ in drawn if part == "trying")]
+    assert tried[: len(choosing.TRIED)] == list(choosing.TRIED)
+    assert "/s" not in said, "there is another bar"
+    for line in ("160 images, about", "chosen: ", "plan: ", "160 images in"):
+        assert f"\r{line}" in said, "a line stands behind the bar"
+
+
+def test_no_bar_where_nobody_looks(images, monkeypatch, capsys):
+    assert main(["cluster", "images.npy", "--out", "run", *TINY[:-1]]) == 0
+    assert "%|" not in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stderr", Screen())
+    assert main(["cluster", "images.npy", "--out", "other", *TINY]) == 0
+    assert "%|" not in sys.stderr.getvalue()
+
+
+def test_a_run_of_one_method_keeps_its_bars(images, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Screen())
+    assert main(["fit", "images.npy", "--out", "run", "--method", "kmeans", *TINY[:-1]]) == 0
+    said = sys.stderr.getvalue()
+    assert all(
+        re.search(rf"{name}: +100%\|.*{unit}/s", said) for name, unit in (("features", "image"), ("kmeans", "step"))
+    )
 
 
 def test_the_same_seed_chooses_the_same(images):
@@ -76,6 +121,38 @@ def test_the_same_seed_chooses_the_same(images):
     assert np.array_equal(one.labels_, other.labels_)
     scores = [[(c["method"], c["score"]) for c in model._data["chosen"]] for model in (one, other)]
     assert scores[0] == scores[1]
+
+
+@pytest.fixture
+def threads():
+    """Two of them; as few as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield 2
+    torch.set_num_threads(before)
+
+
+def test_a_method_that_fails_is_named_and_the_others_go_on(images, monkeypatch, threads):
+    seen, real = set(), choosing._labels
+
+    def labels(settings, *more):
+        seen.add(torch.get_num_threads())
+        if settings.method == "temi":
+            raise FloatingPointError("the loss is nan")
+        return real(settings, *more)
+
+    monkeypatch.setattr(choosing, "_labels", labels)
+    assert main(["cluster", "images.npy", "--out", "run", *TINY]) == 0
+    assert "not to be chosen: temi: the loss is nan" in Path("run/train.log").read_text()
+    chosen = json.loads(Path("run/config.json").read_text())["data"]["chosen"]
+    assert {one["method"] for one in chosen} == set(choosing.TRIED) - {"temi"}
+    assert seen == {1}
+
+
+def test_one_thread_is_for_a_while(threads):
+    with choosing.one_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == threads
 
 
 def test_a_chosen_run_can_be_gone_on_with(images):
@@ -99,7 +176,7 @@ def test_what_cannot_be_chosen_among(images, capsys, args, says):
 
 
 def test_no_backbone_at_hand_is_one_clear_line(images, monkeypatch, capsys):
-    monkeypatch.setattr(choosing, "LITE", ("no_such_package",))
+    monkeypatch.setattr(foreign, "LITE_FROM", ("no-such-package",))
     assert main(["cluster", "images.npy", "--out", "run"]) == 2
     said = capsys.readouterr().err
     assert "none is at hand: give --backbone NAME --weights FILE" in said

@@ -279,7 +279,12 @@ def test_evaluate_follows_the_edits(run, capsys):
     do("evaluate", run, "--labels", file)
     after = json.loads(capsys.readouterr().out)
     assert after["n_found"] == before["n_found"] - 1
+    assert (before["n_clusters"], after["n_clusters"]) == (4, 3)
     assert after["purity"] <= before["purity"]
+    do("recut", run, "--k", 5)
+    capsys.readouterr()
+    do("evaluate", run, "--labels", file)
+    assert json.loads(capsys.readouterr().out)["n_clusters"] == 5
 
 
 def test_evaluate_with_probes(run, capsys):

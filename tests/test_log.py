@@ -1,13 +1,18 @@
 """metrics.jsonl and train.log."""
 
+import io
+import itertools
 import json
 import logging
+import re
+import sys
 
 import numpy as np
 import pytest
 import torch
 from tiny import make_model, tiny_store
 
+from deepcluster import log
 from deepcluster.log import Metrics, Recording, logger, row
 from deepcluster.recipe import make_recipe
 from deepcluster.trainer import Training, fit
@@ -81,6 +86,18 @@ def test_the_log_has_what_was_said_before_it_had_a_file(tmp_path):
     assert said == ["first", "second \\udcff"]
     assert logger.level == level
     assert not [h for h in logger.handlers if isinstance(h, logging.handlers.MemoryHandler)]
+
+
+def test_the_bar_over_a_whole_run_never_goes_back(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with log.whole(False):
+        for part, share in (("trying", 0.5), ("features", 0.9), ("training", 2.0), ("results", 0.0)):
+            log.at(part, share)
+    done = 100 - log.PARTS["results"]
+    drawn = [int(share) for share in re.findall(r"(\d+)%", sys.stderr.getvalue())]
+    assert sum(log.PARTS.values()) == 100
+    assert [share for share, _ in itertools.groupby(drawn)] == [0, 75, done, 100]
+    log.at("trying", 0.5)  # no bar: nothing happens
 
 
 def test_hooks_come_before_the_checkpoint(tmp_path):

@@ -154,6 +154,16 @@ def test_a_run_is_complete_and_agrees_with_itself(kind, tmp_path, monkeypatch, c
     assert np.allclose(load("run").transform(source), features, atol=1e-5), "features.npy is not in the order of rows"
 
 
+def test_overwriting_leaves_nothing_of_the_earlier_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("x.npz", images=np.concatenate([pixels()] * 3), labels=np.arange(3 * N) % 3)
+    assert main(["fit", "x.npz", "--out", "run", *QUICK, "--on-collapse", "rescue"]) == 0
+    for more in (["evaluate", "run"], ["k", "run"], ["merge", "run", "0", "1"], ["report", "run"]):
+        assert main([*more, "--quiet"]) == 0
+    outputs.prepare(Path("run"))
+    assert [str(p.relative_to("run")) for p in Path("run").rglob("*") if p.is_file()] == [".lock"]
+
+
 def test_config_and_env_say_everything(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["fit", flat_folder(tmp_path), "--out", "run", *QUICK, "--seed", "3"]) == 0

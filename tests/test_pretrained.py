@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import onnx_with_weights_elsewhere
 from torch import nn
 
 from deepcluster import DeepCluster, pretrained, trust
@@ -244,18 +245,27 @@ def test_onnx_files_that_cannot_serve_say_what_to_do(here, capsys, options, mess
     assert not (here / "run").exists()
 
 
+def test_an_onnx_file_stays_the_backbone_of_the_next_run_but_goes_into_no_other_file(here):
+    from deepcluster.export import export
+
+    file = onnx_file(here / "a.onnx", ["Relu"], size=16)
+    images = np.random.default_rng(0).integers(0, 255, (60, 16, 16, 3)).astype(np.uint8)
+    images[::2, ..., 0] = 250
+    first = DeepCluster(2, backbone=file, method="kmeans", epochs=1, out="first").fit(images)
+    (here / "a.onnx").unlink()
+    again = DeepCluster(2, init_from="first", method="kmeans", epochs=1).fit(images)
+    assert again.plan_.frozen
+    assert np.array_equal(again.embedding_, first.embedding_)
+    with pytest.raises(ValueError, match="the backbone of this run is an ONNX file, which cannot go into another one"):
+        export(here / "first", "onnx", here / "b.onnx")
+    file = onnx_file(here / "b.onnx", ["Relu"], size=16)
+    with pytest.raises(ValueError, match=r"--backbone .*b.onnx brings weights, and so does --init-from; give one"):
+        DeepCluster(2, backbone=file, init_from="first").fit(images)
+
+
 def test_an_onnx_file_with_weights_elsewhere_is_refused(here):
     pytest.importorskip("onnx")
-    from onnx import TensorProto, helper
-
-    weight = helper.make_tensor("w", TensorProto.FLOAT, [1], [2.0])
-    weight.ClearField("float_data")
-    weight.data_location = TensorProto.EXTERNAL
-    weight.external_data.add(key="location", value="/etc/hostname")
-    image = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["b", 3, 8, 8])
-    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
-    graph = helper.make_graph([helper.make_node("Mul", ["x", "w"], ["y"])], "g", [image], [out], [weight])
-    (here / "a.onnx").write_bytes(helper.make_model(graph).SerializeToString())
+    (here / "a.onnx").write_bytes(onnx_with_weights_elsewhere())
     with pytest.raises(ValueError, match="its weights lie in other files; make one file of them"):
         make_backbone("a.onnx", (3, 8, 8))
 

@@ -201,6 +201,34 @@ def test_labels_in_training_are_said(tmp_path):
     assert "used in training" not in written(a_run(tmp_path / "blind"))
 
 
+def test_the_chosen_method_is_said_with_the_reason(tmp_path):
+    tried = [
+        {"method": "spectral", "consistency": 0.874, "stability": 0.91, "score": 0.795, "seconds": 3.0},
+        {"method": "kmeans<b>", "consistency": 0.8, "stability": 0.5, "score": 0.4, "seconds": 1.0},
+        {"method": "iic", "consistency": 0.31, "stability": None, "score": 0.31, "seconds": 1.0},
+    ]
+    page = written(a_run(tmp_path / "run", data={"chosen": tried}))
+    Page(page)
+    said = "spectral, whose clusters agree with nearest neighbours (0.87) and with those found in other images (0.91)"
+    others = "kmeans&lt;b&gt; 0.40, iic at most 0.31"
+    assert f"<dt>Method chosen</dt><dd><bdi>{said}: score 0.80; {others}</bdi></dd>" in page
+    assert "score 0.80</bdi>" in written(a_run(tmp_path / "alone", data={"chosen": tried[:1]}))
+    assert "Method chosen" not in written(a_run(tmp_path / "named"))
+
+
+@pytest.mark.parametrize(
+    ("one", "says"),
+    [
+        ({"method": "iic"}, "data.chosen has no consistency"),
+        ({"method": "iic", "consistency": "<script>"}, "data.chosen.consistency must be int or float"),
+        ("iic", "data.chosen must be an object"),
+    ],
+)
+def test_what_was_tried_in_a_damaged_run_is_refused(tmp_path, one, says):
+    with pytest.raises(ValueError, match=says):
+        written(a_run(tmp_path / "run", data={"chosen": [one]}))
+
+
 def test_a_long_curve_is_thinned_but_ends_where_it_ends(tmp_path):
     metrics = [{"stage": 0, "epoch": e, "loss": 5.0 if e < 1000 else 1.25} for e in range(1, 1001)]
     run = a_run(tmp_path / "run", 10, 1, plan=plan_of(1, methods=("iic<b>",)), metrics=metrics)

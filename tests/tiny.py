@@ -53,6 +53,20 @@ def classified(model: Model, spec: Spec, store: Store) -> tuple[Classifier, dict
     return classifier, classifier.describe(features)
 
 
+def onnx_with_weights_elsewhere() -> bytes:
+    """A network of (B, 3, 8, 8) images whose weight is said to lie in a file of the system."""
+    from onnx import TensorProto, helper
+
+    weight = helper.make_tensor("w", TensorProto.FLOAT, [1], [2.0])
+    weight.ClearField("float_data")
+    weight.data_location = TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value="/etc/hostname")
+    image = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["b", 3, 8, 8])
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    graph = helper.make_graph([helper.make_node("Mul", ["x", "w"], ["y"])], "g", [image], [out], [weight])
+    return helper.make_model(graph).SerializeToString()
+
+
 def ranks(n: int, work: Callable[[int, int, Path], None], folder: Path) -> list[dict]:
     """What ``n`` processes write to folder/RANK.pt in ``work(rank, port, folder)``."""
     with socket.socket() as free:

@@ -30,7 +30,8 @@ def onnx(task: Task) -> str:
     B is free. Metadata: names (JSON list by id), junk (JSON list of ids), shape (JSON list of C, H, W), version.
 
     Raises:
-        ValueError: the extra is not installed, or the model is larger than one ONNX file can be.
+        ValueError: the extra is not installed, the backbone is an ONNX file itself, or the model is larger than such a
+            file can be.
     """
     try:
         import onnx as library
@@ -39,6 +40,11 @@ def onnx(task: Task) -> str:
         raise ValueError(f"{error.name} is not installed; pip install 'deepcluster[onnx]'") from None
 
     classifier = _classifier(task)
+    if classifier.spec.backbone.startswith("onnx:"):
+        raise ValueError(
+            "the backbone of this run is an ONNX file, which cannot go into another one; use --format model, or "
+            "--format npy for the features"
+        )
     shape = classifier.spec.shape
     if sum(tensor.nbytes for tensor in classifier.state_dict().values()) > LARGEST:
         raise ValueError("the model is larger than the 2 GB an ONNX file can hold; use --format model")

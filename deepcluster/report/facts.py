@@ -27,6 +27,7 @@ def facts(found: Found) -> str:
     listed = {
         "Source": source(config),
         "Plan": ", then ".join(f"{s['method']} for {count(s['epochs'], 'epoch')}" for s in plan["stages"]),
+        **_chosen(config["data"].get("chosen") or []),
         "Images": f"{len(found):,}",
         "Clusters asked for": "auto" if plan["auto_k"] else plan["n_clusters"],
         "Network": f"{plan['backbone']} on {'×'.join(map(str, plan['shape']))}",
@@ -41,6 +42,20 @@ def facts(found: Found) -> str:
         f"<div{long if len(str(v)) > 22 else ''}><dt>{k}</dt><dd><bdi>{text(v)}</bdi></dd></div>"
         for k, v in listed.items()
     )
+
+
+def _chosen(tried: list[dict[str, Any]]) -> dict[str, str]:
+    """Which of several methods was taken, and why; see ``choosing``."""
+    if not tried:
+        return {}
+    best, *others = tried
+    rest = [f"{one['method']} {'at most ' * (one['stability'] is None)}{number(one['score'])}" for one in others]
+    own, other, score = (number(best[name]) for name in ("consistency", "stability", "score"))
+    why = (
+        f"{best['method']}, whose clusters agree with nearest neighbours ({own}) and with those found in other images "
+        f"({other}): score {score}"
+    )
+    return {"Method chosen": "; ".join([why, *([", ".join(rest)] if rest else [])])}
 
 
 def state(found: Found) -> str:
