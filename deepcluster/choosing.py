@@ -32,7 +32,7 @@ from deepcluster.sources import open_source
 from deepcluster.store import Store
 
 TRIED = ("kmeans", "spectral", "temi", "scan", "iic", "sela")
-SAMPLE = 4000  # images that candidates are compared on, at most
+SAMPLE = 3000  # images that candidates are compared on, at most
 PART = 0.8  # of these that each time is trained on
 NEAR = 10  # neighbours that are compared
 

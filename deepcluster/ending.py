@@ -89,7 +89,7 @@ def _looks(classifier: Classifier, store: Store) -> torch.Tensor:
 
     They are computed in small batches, by the process that calls.
     """
-    n = confidence.LOOKED // 8 if classifier.spec.frozen else confidence.LOOKED
+    n = confidence.LOOKED // 16 if classifier.spec.frozen else confidence.LOOKED
     rows = np.linspace(0, len(store) - 1, min(len(store), n)).astype(np.int64)
     some = replace(store, rows=store.rows[rows], names=[], sha1=[], skipped=[])
     views = (eval_batches(some, confidence.VIEW, VIEWED, seed, shard=False) for seed in range(2))

@@ -65,10 +65,17 @@ class Store:
     @cached_property
     def statistics(self) -> tuple[Tensor, Tensor]:
         """(C,) mean and deviation of the images in [0, 1], or (D,) of vectors, from 2,000 evenly spaced ones; > 0."""
-        x = self.take(torch.linspace(0, len(self) - 1, min(2000, len(self))).long()).cpu().double()
-        x = x / 255 if x.ndim == 4 else x
-        dims = [0, *range(2, x.ndim)]
-        mean, std = x.mean(dims), x.std(dims, correction=0)
+        ids = torch.linspace(0, len(self) - 1, min(2000, len(self))).long()
+        if self.data.ndim == 4:  # sums of whole numbers are exact, and of few images at a time they take little memory
+            sums = torch.zeros(2, self.shape[0], dtype=torch.float64)
+            for some in ids.split(64):
+                x = self.take(some).cpu().float()
+                sums += torch.stack([y.sum((0, 2, 3), dtype=torch.float64) for y in (x, x * x)])
+            mean, square = sums / (len(ids) * self.shape[1] * self.shape[2])
+            std, mean = (square - mean**2).clamp_min(0).sqrt() / 255, mean / 255
+        else:
+            x = self.take(ids).cpu().double()
+            mean, std = x.mean(0), x.std(0, correction=0)
         constant = std <= 1e-6 * (mean.abs() + std.max())  # nothing to scale
         return mean.float(), torch.where(constant, 1.0, std).float()
 
