@@ -225,7 +225,7 @@ def verdict(found: dict[Candidate, Score], source: str) -> list[str]:
         why = (
             f"use {best}, frozen: {share}, {base:.0%} where nothing has been learnt, so its features serve as they are"
         )
-        flags += " --frozen"
+        return [why, f"    deepcluster cluster {source} {flags} --out RUN"]
     else:
         why = f"use {best}, retrained: {share}, hardly more than where nothing has been learnt ({base:.0%})"
         flags += " --no-frozen"

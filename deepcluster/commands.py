@@ -112,7 +112,7 @@ def _predict(args: argparse.Namespace) -> None:
     abstain = confidence.check(args.abstain)
     model = load(args.run, args.device)
     model.quiet = args.quiet
-    classifier, n, skipped, writer = model.classifier_, 0, [], None
+    classifier, n, left, skipped, writer = model.classifier_, 0, 0, [], None
     parts = model._parts(args.source, args.data_root)
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic.replacing(out) as file:
@@ -124,12 +124,13 @@ def _predict(args: argparse.Namespace) -> None:
                 writer = writer or pq.ParquetWriter(file, table.schema)
                 writer.write_table(table)
                 n += len(store)
+                left += int((table["cluster"].to_numpy() < 0).sum())
         assert writer is not None
         writer.close()
     if skipped:
         first = visible(f"{skipped[0][0]} ({skipped[0][1]})")
         print(f"{len(skipped)} images were skipped, the first: {first}")
-    print(f"{n} images: {out}")
+    print(f"{n} images{f', {left} of them in no cluster (confidence below {abstain:g})' if abstain else ''}: {out}")
 
 
 def _evaluate(args: argparse.Namespace) -> None:

@@ -144,19 +144,19 @@ def of(kept):
 
 
 @pytest.mark.parametrize(
-    ("kept", "line", "flags"),
+    ("kept", "line", "command"),
     [
         (0.5, "use torchvision:resnet18=r.pth, frozen: 50% of the images are found again by a crop, 20% where",
-         "--backbone torchvision:resnet18 --weights r.pth --frozen"),
+         "cluster photos --backbone torchvision:resnet18 --weights r.pth"),
         (0.22, "use torchvision:resnet18=r.pth, retrained: ",
-         "--backbone torchvision:resnet18 --weights r.pth --no-frozen"),
-        (0.1, "train convnet from scratch", "--backbone convnet"),
+         "fit photos --backbone torchvision:resnet18 --weights r.pth --no-frozen"),
+        (0.1, "train convnet from scratch", "fit photos --backbone convnet"),
     ],
 )  # fmt: skip
-def test_the_verdict_has_a_reason_and_a_command(kept, line, flags):
-    why, command = verdict({BASE: of(0.2), NET: of(kept)}, "photos")
+def test_the_verdict_has_a_reason_and_a_command(kept, line, command):
+    why, told = verdict({BASE: of(0.2), NET: of(kept)}, "photos")
     assert why.startswith(line)
-    assert command == f"    deepcluster fit photos {flags} --out RUN"
+    assert told == f"    deepcluster {command} --out RUN"
 
 
 @pytest.fixture

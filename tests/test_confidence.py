@@ -157,7 +157,7 @@ def run(tmp_path_factory):
     return out, features, kind
 
 
-def test_new_images_have_the_same_as_old_ones(run, tmp_path):
+def test_new_images_have_the_same_as_old_ones(run, tmp_path, capsys):
     out, features, _ = run
     model = load(out)
     told = model.image_info()["confidence"].to_numpy()
@@ -181,6 +181,7 @@ def test_new_images_have_the_same_as_old_ones(run, tmp_path):
     assert np.allclose(table["confidence"], told, atol=1e-5)
     unsure = np.array(table["confidence"]) < 0.7
     assert 0 < unsure.sum() < 240
+    assert f"240 images, {unsure.sum()} of them in no cluster (confidence below 0.7): {file}" in capsys.readouterr().out
     assert np.array_equal(np.array(table["cluster"]) < 0, unsure)
 
 
