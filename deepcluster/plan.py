@@ -138,7 +138,8 @@ def check(settings: Settings) -> None:
     """
     if settings.undecided and settings.params:
         raise ValueError("the methods that are tried have their own defaults: leave --set out, or give --method")
-    if settings.method != AUTO or settings.use_labels:
+    asked = settings.method
+    if asked != AUTO or settings.use_labels:  # the plan of auto is not known before the images
         _stages(_over(settings, OVER**2), grey=True)
     if settings.backbone != AUTO:
         check_name(settings.backbone, settings.weights)
