@@ -69,12 +69,13 @@ def at_hand() -> str:
 
 def fill(args: Any) -> None:
     """What a command line without a backbone, or of a run that is gone on with, leaves open."""
+    table = not args.resume and Path(args.source or "").suffix.lower() in (".npy", ".npz")
+    table = table and open_source(args.source).features is not None
     if args.resume:
         args.method = None  # it was chosen when the run began
-    elif args.backbone is None and args.init_from:
+    elif args.backbone is None and args.init_from and not table:
         args.frozen = None if args.tune_last else args.frozen if args.frozen is not None else True
-    elif args.backbone is None and not (args.weights or args.config):
-        table = Path(args.source or "").suffix in (".npy", ".npz") and open_source(args.source).features is not None
+    elif args.backbone is None and not (args.weights or args.config or args.init_from):
         args.backbone = IDENTITY if table else at_hand()
 
 
@@ -86,7 +87,12 @@ def choose(
     Raises:
         ValueError: the backbone is to be trained, or there are too few images.
     """
-    if len(store.shape) == 1 and settings.backbone == AUTO:
+    if len(store.shape) == 1:
+        if settings.backbone not in (AUTO, IDENTITY) or settings.weights or settings.init_from:
+            raise ValueError(
+                "methods are compared on vectors as they are: leave --backbone, --weights and --init-from out; to train "
+                "a network on them, give --method"
+            )
         settings = replace(settings, backbone=IDENTITY)
     asked = settings
     plan = planning.resolve(replace(settings, method=tried[0]), len(store), store.shape, store.device, trial=True)

@@ -235,7 +235,7 @@ class Classifier(nn.Module):
         if self.steps:
             self._measure(features)
         else:
-            self.centroids, self.reach, self.trust = (self.trained[name] for name in MEASURED)
+            self.centroids, self.reach, self.trust = (self.trained[name].to(self.order.device) for name in MEASURED)
 
     def split(self, features: np.ndarray, cluster: int, parts: int) -> edits.Split:
         """The edit that splits a cluster by the features (N, D) of the training images; raises as ``edits.split``."""

@@ -176,8 +176,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         raise ValueError(
             f"every label of {opened.location} in --labels {labels} was given to training; give a file with others"
         )
-    ids = model.classifier_.ids
-    scores = evaluate.scores(cluster, true, ids.total - len(ids.gone))
+    scores = evaluate.scores(cluster, true, len(model.classifier_.ids))
     scores |= reliability.draw(Path(args.run), sure, cluster, true)
     if learnt:
         scores["n_given_left_out"] = int((known >= 0).sum() - (true >= 0).sum())

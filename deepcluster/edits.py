@@ -34,6 +34,9 @@ class Ids:
     gone: set[int] = field(default_factory=set)
     junk: set[int] = field(default_factory=set)
 
+    def __len__(self) -> int:
+        return self.total - len(self.gone)
+
     def check(self, *clusters: int) -> None:
         """Raise a ValueError that names the clusters there are, unless all of these exist."""
         for c in clusters:

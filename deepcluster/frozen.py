@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +60,11 @@ class Frozen(nn.Module):
         self.register_buffer("map_weight", torch.zeros(width, dim))
         self.register_buffer("map_rooted", torch.zeros((), dtype=torch.bool))
 
+    def _load_from_state_dict(self, state: dict, prefix: str, *more: Any) -> None:
+        """Maps of before features were replaced by their roots say nothing of it."""
+        state.setdefault(f"{prefix}map_rooted", torch.zeros((), dtype=torch.bool))
+        super()._load_from_state_dict(state, prefix, *more)
+
     def train(self, mode: bool = True) -> "Frozen":
         """Statistics of the network's norms stay as they are."""
         super().train(mode)
@@ -71,12 +77,10 @@ class Frozen(nn.Module):
 
     def place(self, features: Tensor) -> Tensor:
         """(B, D) float16 -> (B, d) float32 of the length root d, so that linear heads learn at the usual rates."""
-        mapped = (self.tamed(features.float()) - self.map_mean) @ self.map_weight.T
+        x = features.float()
+        x = torch.where(self.map_rooted, x.clamp_min(0).sqrt(), x)  # a new image may be below 0 where none was
+        mapped = (x - self.map_mean) @ self.map_weight.T
         return F.normalize(mapped, dim=1) * len(self.map_weight) ** 0.5
-
-    def tamed(self, x: Tensor) -> Tensor:
-        """Features (B, D), or their roots; a new image may have a number below 0 where no image had one."""
-        return torch.where(self.map_rooted, x.clamp_min(0).sqrt(), x)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images, or vectors that were made by ``place``."""
@@ -88,8 +92,9 @@ class Frozen(nn.Module):
         if dist.is_main():
             rows = np.linspace(0, len(features) - 1, min(FITTED, len(features))).astype(int)
             x = torch.from_numpy(features[rows].astype(np.float32))
-            self.map_rooted.copy_(x.min() >= 0)
-            mean, weight = principal(self.tamed(x), len(self.map_weight))
+            rooted = bool(x.min() >= 0)
+            mean, weight = principal(x.sqrt() if rooted else x, len(self.map_weight))
+            self.map_rooted.fill_(rooted)
             self.map_mean.copy_(mean)
             self.map_weight[: len(weight)] = weight
         for buffer in (self.map_mean, self.map_weight, self.map_rooted):

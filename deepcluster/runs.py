@@ -242,7 +242,7 @@ def train(
     classifier, images, features = ending.finish(model, head, spec, store, out, known, steps, vectors,
                                                    plan.seed if plan.auto_k else None)  # fmt: skip
     cluster = images["cluster"].to_numpy()
-    asked = classifier.n_clusters if plan.auto_k else plan.n_clusters
+    asked = len(classifier.ids) if plan.auto_k else plan.n_clusters
     scores = None if true is None else evaluate.scores(cluster, true, asked)
     if out and dist.is_main():
         log.at("results", 0.5, "report")

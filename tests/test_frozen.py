@@ -126,6 +126,19 @@ def test_features_without_a_negative_number_are_replaced_by_their_roots():
     assert np.allclose(model.place(torch.from_numpy(signed)).numpy(), expected, atol=1e-3)
 
 
+def test_the_map_is_found_where_the_network_is():
+    model = made().to("meta")  # a device that is not that of the features, as a GPU is
+    model.fit(np.ones((9, 24), np.float16))
+    assert model.place(torch.ones(2, 24, device="meta")).device.type == "meta"
+
+
+def test_a_map_of_before_there_were_roots_has_none():
+    model = made()
+    model.map_rooted.fill_(True)
+    model.load_state_dict({name: x for name, x in made().state_dict().items() if name != "map_rooted"})
+    assert not model.map_rooted
+
+
 def test_principal_directions_are_those_of_numpy_with_a_sign_of_their_own():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(200, 6)) * [5, 4, 3, 2, 1, 0.5] + 7

@@ -101,6 +101,14 @@ def test_there_is_nothing_to_keep_or_tune(here, capsys, what):
     assert f"{' '.join(what)} is for images; the source holds vectors" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("what", [["--backbone", "mlp"], ["--init-from", "before"]])
+def test_methods_are_compared_on_vectors_as_they_are(here, capsys, what):
+    np.save("x.npy", groups()[0])
+    DeepCluster(4, method="sela", epochs=1, out="before").fit("x.npy")
+    assert main(["cluster", "x.npy", *what, "--out", "run"]) == 2
+    assert "on vectors as they are: leave --backbone, --weights and --init-from out" in capsys.readouterr().err
+
+
 def test_groups_that_differ_in_length_alone_are_told_apart(here):
     which = np.arange(200) % 4
     np.save("x.npy", ((10 + 10 * which)[:, None] + np.random.default_rng(0).normal(size=(200, 3))).astype(np.float32))
