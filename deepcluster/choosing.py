@@ -90,8 +90,8 @@ def choose(
     if len(store.shape) == 1:
         if settings.backbone not in (AUTO, IDENTITY) or settings.weights or settings.init_from:
             raise ValueError(
-                "methods are compared on vectors as they are: leave --backbone, --weights and --init-from out; to train "
-                "a network on them, give --method"
+                "methods are compared on vectors as they are: leave --backbone, --weights and --init-from out; to "
+                "train a network on them, give --method"
             )
         settings = replace(settings, backbone=IDENTITY)
     asked = settings
