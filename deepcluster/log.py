@@ -177,7 +177,7 @@ class _Part:
 
     def update(self, n: int = 1) -> None:
         self.n += n
-        at(self.part, self.n / self.total, self.says)
+        at(self.part, self.n / max(1, self.total), self.says)  # nothing to do where all of it is there already
 
     def set_postfix(self, *shown: Any, **more: Any) -> None:
         """Its figures are left out."""

@@ -107,3 +107,8 @@ def test_hooks_come_before_the_checkpoint(tmp_path):
     training = Training(epochs=1, batch_size=40, out=tmp_path)
     fit(make_model(recipe), tiny_store(), recipe, training, [lambda _: there.append((tmp_path / "last.pt").exists())])
     assert there == [False]
+
+
+def test_a_part_of_which_nothing_is_left_to_do_is_no_fault(capsys):
+    with log.whole(hide=False):
+        assert list(log.bar("features", of=range(0), total=0, desc="features")) == []

@@ -474,3 +474,22 @@ def test_probe_of_nothing(tmp_path):
         probe(open_source(tmp_path))
     with pytest.raises(ValueError, match=r"holds features \(3, 3\)"):
         probe(open_source(np.eye(3)))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_statistics_are_those_of_all_pixels(channels):
+    images = np.random.default_rng(0).integers(0, 256, (150, channels, 9, 7), dtype=np.uint8)
+    images[:, -1] //= 3
+    store = open_store(open_source(images), size=8, channels=channels)
+    seen = store.take(torch.arange(150)).double() / 255
+    mean, std = store.statistics
+    assert torch.allclose(mean, seen.mean((0, 2, 3)).float(), atol=1e-7)
+    assert torch.allclose(std, seen.std((0, 2, 3), correction=0).float(), atol=1e-7)
+
+
+def test_what_is_the_same_everywhere_has_nothing_to_scale():
+    images = np.full((70, 3, 8, 8), 77, np.uint8)
+    images[:, 1, 0] = 9
+    _, std = open_store(open_source(images), size=8, channels=3).statistics
+    assert std[0] == std[2] == 1
+    assert 0 < std[1] < 1
